@@ -1,0 +1,160 @@
+"""The engine thread, and the only place where it meets asyncio.
+
+Commands go down through an inbox; after each step all updates go up in one wake-up of the event
+loop. An exception in a step fails the sequences of that step, is counted, and the thread lives on.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from service.engine.core import EngineCore
+from service.engine.sequence import Sequence, Update
+from service.errors import GenerationError, ServiceError
+
+_log = logging.getLogger(__name__)
+_IDLE_WAIT_S = 0.5  # how often an idle engine shows that it is alive
+
+
+class Outbox:
+    """Updates of one generation on their way to its reader; a slow reader gets them merged."""
+
+    def __init__(self) -> None:
+        self._pending: dict[int, Update] = {}
+        self._arrived = asyncio.Event()
+
+    def put(self, index: int, update: Update) -> None:
+        """Add an update of choice ``index``; called on the event loop."""
+        before = self._pending.get(index)
+        self._pending[index] = update if before is None else before + update
+        self._arrived.set()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
+        """Yield (choice index, update) as they come, without end."""
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            pending, self._pending = self._pending, {}
+            for item in pending.items():
+                yield item
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a sequence's updates go."""
+
+    event_loop: asyncio.AbstractEventLoop
+    outbox: Outbox
+    index: int
+
+
+class EngineLoop:
+    """Runs an ``EngineCore`` in a thread of its own."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._addresses: dict[Sequence, Address] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.heartbeat = time.monotonic()
+        self.is_idle = True
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Abort whatever runs and end the thread."""
+        self._stopping.set()
+        self._inbox.put(lambda: None)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def add(self, sequence: Sequence, address: Address) -> None:
+        """Hand a sequence to the engine; its updates go to ``address``."""
+
+        def command() -> None:
+            self._addresses[sequence] = address
+            self._core.add(sequence)
+
+        self._inbox.put(command)
+
+    def abort(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence early and free its pages; one that has ended is left alone."""
+
+        def command() -> None:
+            if self._addresses.pop(sequence, None) is not None:
+                self._core.abort(sequence, reason)
+
+        self._inbox.put(command)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._take_commands()
+            self.heartbeat = time.monotonic()
+            if self._core.has_work:
+                self._deliver(self._step())
+        failure = GenerationError("The server was stopped before the generation ended.")
+        self._deliver(self._core.fail_all(failure, "shutdown"))
+
+    def _take_commands(self) -> None:
+        self.is_idle = not self._core.has_work
+        try:
+            command = self._inbox.get(timeout=_IDLE_WAIT_S if self.is_idle else 0)
+            self.is_idle = False
+            while True:
+                command()
+                command = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _step(self) -> dict[Sequence, Update]:
+        try:
+            return self._core.step()
+        except Exception as error:  # noqa: BLE001 - the one frame that keeps the engine alive
+            _log.error("engine step failed", exc_info=error)
+            failure = GenerationError("The engine failed while it worked on this request.")
+            return self._core.fail_step(failure)
+
+    def _deliver(self, updates: dict[Sequence, Update]) -> None:
+        """Send updates up: one wake-up per event loop, however many sequences moved."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Address, Update]]] = {}
+        for sequence, update in updates.items():
+            address = self._addresses.get(sequence)
+            if address is None:
+                continue
+            by_loop.setdefault(address.event_loop, []).append((address, update))
+            if update.finish is not None or update.error is not None:
+                del self._addresses[sequence]
+        for event_loop, items in by_loop.items():
+            try:
+                event_loop.call_soon_threadsafe(_put_all, items)
+            except RuntimeError:  # the event loop is closed: nobody reads any more
+                for address, _ in items:
+                    self._forget(address)
+
+    def _forget(self, address: Address) -> None:
+        for sequence in [s for s, a in self._addresses.items() if a is address]:
+            del self._addresses[sequence]
+            self._core.abort(sequence, "client")
+
+
+def _put_all(items: list[tuple[Address, Update]]) -> None:
+    for address, update in items:
+        address.outbox.put(address.index, update)
+
+
+def raise_if_failed(error: ServiceError | None) -> None:
+    """Raise the error an update carries, if it carries one."""
+    if error is not None:
+        raise error

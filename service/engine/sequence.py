@@ -1,0 +1,168 @@
+"""One generation inside the engine, and the values that cross its border."""
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+from service.errors import ServiceError
+from sparse_methods.method import SparseAttentionMethod
+from sparse_methods.statistics import RequestStatistics
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when the generation ends; validated by the API.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 keeps all.
+        logprobs: Number of most likely tokens reported per position; None reports nothing.
+        seed: None draws one.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probabilities at one generated position, before temperature and penalties.
+
+    Attributes:
+        token_id: The token that was chosen.
+        logprob: Its natural log-probability.
+        top: The most likely tokens with theirs, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time of a finished generation went, in seconds."""
+
+    queue_s: float
+    prefill_s: float
+    time_to_first_token_s: float
+    decode_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of one generation.
+
+    Attributes:
+        reason: Why it ended.
+        stop_reason: The stop string or stop token id that ended it; None for end of sequence.
+        statistics: What its attention read.
+        num_prompt_tokens: Length of the prompt.
+        num_cached_tokens: Prompt tokens whose keys and values were reused.
+        num_generated_tokens: Tokens generated, a stop token included.
+    """
+
+    reason: FinishReason
+    stop_reason: str | int | None
+    statistics: RequestStatistics
+    timing: Timing
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one or more engine steps added to one generation.
+
+    Attributes:
+        text: New text, held back as long as it could be part of a stop string or of a character.
+        token_ids: New tokens.
+        finish: Set on the last update.
+        error: Set instead of ``finish`` if the engine failed.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Finish | None = None
+    error: ServiceError | None = None
+
+    def __add__(self, later: "Update") -> "Update":
+        return Update(
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            later.finish,
+            later.error,
+        )
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A generation the engine works on.
+
+    Attributes:
+        num_computed_tokens: Leading tokens whose keys and values are in the cache.
+        pages: Physical pages of the KV cache it owns, in logical order.
+        slot: Row of the statistics buffer it owns while it runs; None while it waits.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    method: SparseAttentionMethod
+    sampling: SamplingParams
+    generator: torch.Generator
+    output_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    pages: list[int] = field(default_factory=list)
+    slot: int | None = None
+    num_preemptions: int = 0
+    arrived_at: float = field(default_factory=time.monotonic)
+    first_scheduled_at: float | None = None
+    first_token_at: float | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose keys and values are still missing; 1 while decoding."""
+        return self.num_tokens - self.num_computed_tokens
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Token ids of positions [start, stop)."""
+        num_prompt = len(self.prompt_ids)
+        head = self.prompt_ids[start:stop]
+        tail = self.output_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)]
+        return head + tail

@@ -1,0 +1,55 @@
+"""Every operator setting: one frozen value, read once, passed in."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Settings from the environment (prefix ``SPARSESERVE_``) or the command line."""
+
+    model_config = SettingsConfigDict(env_prefix="SPARSESERVE_", frozen=True, extra="ignore")
+
+    model: Path | None = Field(
+        None, description="Directory of a Hugging Face model; unset serves the built-in model."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Weights and KV cache; auto is float32 on a CPU, bfloat16 on a GPU."
+    )
+    method: str = Field("flash_skip_softmax", description="Method of requests that name none.")
+    max_context_tokens: int | None = Field(
+        None, ge=1, description="Longest prompt plus output; unset takes the model's own limit."
+    )
+    block_size: int = Field(
+        128, ge=8, le=256, multiple_of=8, description="Tokens of a KV page and of a sparsity block."
+    )
+    max_step_tokens: int = Field(2048, ge=256, le=131072, description="Tokens of one engine step.")
+    max_running_requests: int = Field(64, ge=1, le=1024, description="Generations that run at once.")
+    max_waiting_requests: int = Field(256, ge=0, le=65536, description="Length of the queue.")
+    kv_cache_bytes: int | None = Field(
+        None, ge=1, description="Size of the KV cache; unset takes a share of the free memory."
+    )
+    kv_cache_memory_fraction: float = Field(
+        0.5, gt=0, le=0.95, description="Share of the free memory the KV cache may take."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="Keys, comma-separated; empty lets everybody in."
+    )
+    metrics_need_key: bool = Field(False, description="Whether /metrics asks for a key, too.")
+    max_body_bytes: int = Field(
+        8 * 2**20, ge=1024, le=2**30, description="Largest request body accepted."
+    )
+    stall_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds without progress after which the engine counts as stuck."
+    )
+    shutdown_timeout_s: float = Field(
+        30.0, ge=0, description="Seconds running requests may take to finish after SIGTERM."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe records that are logged."
+    )

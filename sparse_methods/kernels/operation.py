@@ -1,0 +1,193 @@
+"""The one attention operation of the service: what goes in, what comes out.
+
+Packed query rows of many requests, cut into query tiles, attend to paged keys and values. A tile
+reads every visible block, or those of its lists; a threshold may drop tiles inside the softmax.
+Every implementation in this folder computes this and nothing else; ``reference`` defines it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """What distinguishes one attention layer from another.
+
+    Attributes:
+        window: Keys a row sees, its own included; 0 is all of them.
+        chunk: Rows see keys of their own chunk of this many positions only; 0 is off.
+        softcap: Scores become softcap * tanh(scores / softcap); 0 is off.
+        has_sinks: Whether a learned logit per head joins the softmax's denominator.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
+    chunk: int = 0
+    has_sinks: bool = False
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is causal softmax attention without any extra."""
+        return not (self.softcap or self.window or self.chunk or self.has_sinks)
+
+    def first_visible(self, positions: torch.Tensor) -> torch.Tensor:
+        """Earliest key each absolute position may see."""
+        first = torch.zeros_like(positions)
+        if self.window:
+            first = torch.maximum(first, positions - self.window + 1)
+        if self.chunk:
+            first = torch.maximum(first, positions // self.chunk * self.chunk)
+        return first
+
+
+class Tile(NamedTuple):
+    """A query tile on the host: rows [first_row, first_row + num_rows) of the packed batch."""
+
+    first_row: int
+    num_rows: int
+    position: int
+    request: int
+    is_decode: bool
+
+    @property
+    def kv_len(self) -> int:
+        """Keys its last row sees under causality."""
+        return self.position + self.num_rows
+
+
+@dataclass(frozen=True)
+class QueryTiles:
+    """The query tiles of a batch, cut at absolute multiples of the block size.
+
+    A row that was generated (and not part of the prompt) is a tile of its own, also when it is
+    recomputed; so neither chunking nor preemption moves a tile.
+    """
+
+    tiles: tuple[Tile, ...]
+    block_size: int
+    device: torch.device
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[N] int64, absolute position of each tile's first row."""
+        return self._column([tile.position for tile in self.tiles])
+
+    @cached_property
+    def kv_lens(self) -> torch.Tensor:
+        """[N] int64, keys each tile's last row sees under causality."""
+        return self._column([tile.kv_len for tile in self.tiles])
+
+    @cached_property
+    def is_decode(self) -> torch.Tensor:
+        """[N] bool."""
+        return self._column([tile.is_decode for tile in self.tiles])
+
+    def _column(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, device=self.device)
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """Optional lists of logical blocks per tile and KV head.
+
+    Attributes:
+        indices: [N, Hkv, C] int32, in visiting order.
+        counts: [N, Hkv] int32 entries in use; -1 reads every visible block.
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Everything one layer's attention needs.
+
+    Attributes:
+        query: [T, Hq, D] packed rows, after RoPE.
+        keys: [P, block_size, Hkv, D] pages of the cache, this step's rows already written.
+        values: [P, block_size, Hkv, Dv].
+        page_table: [R, max_pages] int32, physical page of each logical page of each request.
+        lists: None reads every visible block of every tile.
+        log_thresholds: [N] float32, natural log of lambda, -inf is off; None is off everywhere.
+        sinks: [Hq] learned logits, if the geometry has them.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    page_table: torch.Tensor
+    tiles: QueryTiles
+    geometry: LayerGeometry
+    lists: BlockLists | None = None
+    log_thresholds: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AttentionOutputs:
+    """What the operation returns.
+
+    Attributes:
+        output: [T, Hq, Dv].
+        lse: [T, Hq] float32, natural log of the softmax's denominator.
+        blocks: [N, Hq, 3] int64, blocks total, selected, skipped (``statistics`` defines them).
+        kv_elements: [N, 2] int64, elements of keys and values read, and read by dense attention.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    blocks: torch.Tensor
+    kv_elements: torch.Tensor
+
+
+def visible_blocks(
+    tiles: QueryTiles, geometry: LayerGeometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last block, [N] each, of which any row of the tile sees a key."""
+    first = geometry.first_visible(tiles.positions) // tiles.block_size
+    return first, (tiles.kv_lens - 1) // tiles.block_size
+
+
+def listed_and_visible(inputs: AttentionInputs) -> torch.Tensor:
+    """[N, Hkv, C] bool: which entries of the lists are in use and visible to the tile."""
+    assert inputs.lists is not None
+    indices, counts = inputs.lists.indices, inputs.lists.counts
+    first, last = visible_blocks(inputs.tiles, inputs.geometry)
+    in_use = torch.arange(indices.shape[2], device=indices.device) < counts[..., None]
+    return in_use & (indices >= first[:, None, None]) & (indices <= last[:, None, None])
+
+
+def count_selected(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counters before any threshold: ``blocks`` and ``kv_elements`` of ``AttentionOutputs``."""
+    tiles, geometry = inputs.tiles, inputs.geometry
+    first, last = visible_blocks(tiles, geometry)
+    total = (last - first + 1)[:, None].expand(-1, geometry.num_kv_heads)  # [N, Hkv]
+    selected, reads_last = total, torch.ones_like(total, dtype=torch.bool)
+    if inputs.lists is not None:
+        is_listed = inputs.lists.counts >= 0
+        listed = listed_and_visible(inputs)
+        selected = torch.where(is_listed, listed.sum(-1), total)
+        is_last = listed & (inputs.lists.indices == last[:, None, None])
+        reads_last = ~is_listed | is_last.any(-1)
+    missing = tiles.block_size - 1 - (tiles.kv_lens - 1) % tiles.block_size  # keys the last lacks
+    per_key = geometry.head_dim + geometry.value_dim
+    read = (selected * tiles.block_size - reads_last * missing[:, None]).sum(1)
+    dense = (total * tiles.block_size - missing[:, None]).sum(1)
+    per_head = torch.stack([total, selected, torch.zeros_like(total)], -1)
+    blocks = per_head.repeat_interleave(geometry.group_size, 1)
+    kv_elements = torch.stack([read, dense], -1) * per_key * tiles.is_decode[:, None]
+    return blocks, kv_elements

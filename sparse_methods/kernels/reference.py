@@ -1,0 +1,361 @@
+"""The attention operation in eager PyTorch: the specification, and the implementation for CPUs.
+
+Blocks that are not listed are never touched; tiles that fall below the threshold skip the
+exponential, the load of V and the product with it. Fewer blocks mean less time.
+
+Two ways to the same numbers: *fused* hands whole runs of keys to PyTorch's CPU flash attention
+and merges partial results by their log-sum-exp; *explicit* walks stripes of blocks with an online
+softmax, which any geometry and any threshold can use.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparse_methods.kernels.operation import (
+    AttentionInputs,
+    AttentionOutputs,
+    Tile,
+    count_selected,
+    listed_and_visible,
+    visible_blocks,
+)
+
+_STRIPE_KEYS = 1024  # keys of one explicit stripe: scores of a tile then stay in the cache
+
+
+def attend(inputs: AttentionInputs) -> AttentionOutputs:
+    """Compute the operation; see ``operation`` for shapes and meaning."""
+    return _Reference(inputs).run()
+
+
+@dataclass
+class _Softmax:
+    """Running state of an online softmax over [h, G, n] rows."""
+
+    maximum: torch.Tensor  # [h, G, n]
+    denominator: torch.Tensor  # [h, G, n]
+    output: torch.Tensor  # [h, G, n, Dv]
+
+
+class _Reference:
+    def __init__(self, inputs: AttentionInputs) -> None:
+        self.inputs = inputs
+        self.geometry = inputs.geometry
+        self.block_size = inputs.tiles.block_size
+        self.blocks, self.kv_elements = count_selected(inputs)
+        num_rows, num_heads = inputs.query.shape[:2]
+        self.output = inputs.query.new_empty(num_rows, num_heads, self.geometry.value_dim)
+        self.lse = inputs.query.new_empty(num_rows, num_heads, dtype=torch.float32)
+        self.lists = _host_lists(inputs)
+        self.log_thresholds = (
+            None if inputs.log_thresholds is None else inputs.log_thresholds.tolist()
+        )
+        self.first_blocks = visible_blocks(inputs.tiles, inputs.geometry)[0].tolist()
+        self.can_fuse = (
+            self.geometry.is_plain
+            and self.geometry.head_dim == self.geometry.value_dim
+            and inputs.query.device.type == "cpu"
+        )
+
+    def run(self) -> AttentionOutputs:
+        for first, last in self._runs():
+            tile = self.inputs.tiles.tiles[first]
+            if not self._is_fused(first):
+                self._attend_explicit(first, tile)
+            elif self.lists is None or self.lists[first] is None:
+                tail = self.inputs.tiles.tiles[last]
+                num_rows = tail.first_row + tail.num_rows - tile.first_row
+                self._attend_fused(tile._replace(num_rows=num_rows), None, self._all_heads())
+            else:
+                for heads, listed in self._head_lists(first):
+                    self._attend_fused(tile, listed, heads)
+        return AttentionOutputs(self.output, self.lse, self.blocks, self.kv_elements)
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Indices (first, last) of tiles that can be attended in one go."""
+        tiles, start = self.inputs.tiles.tiles, 0
+        for index in range(1, len(tiles) + 1):
+            if index == len(tiles) or not self._continues(index):
+                yield start, index - 1
+                start = index
+
+    def _continues(self, index: int) -> bool:
+        tile, before = self.inputs.tiles.tiles[index], self.inputs.tiles.tiles[index - 1]
+        if tile.request != before.request or tile.is_decode != before.is_decode:
+            return False
+        if self.lists is not None and (self.lists[index] or self.lists[index - 1]) is not None:
+            return False
+        return self._is_fused(index) and self._is_fused(index - 1)
+
+    def _is_fused(self, index: int) -> bool:
+        return self.can_fuse and self._log_threshold(index) == float("-inf")
+
+    def _log_threshold(self, index: int) -> float:
+        return float("-inf") if self.log_thresholds is None else self.log_thresholds[index]
+
+    def _all_heads(self) -> slice:
+        return slice(0, self.geometry.num_kv_heads)
+
+    def _head_lists(self, index: int) -> list[tuple[slice, list[int] | None]]:
+        """KV heads with the blocks they read, ascending; heads with one list come together."""
+        listed = None if self.lists is None else self.lists[index]
+        if listed is None:
+            return [(self._all_heads(), None)]
+        if all(blocks == listed[0] for blocks in listed):
+            return [(self._all_heads(), listed[0])]
+        return [(slice(head, head + 1), blocks) for head, blocks in enumerate(listed)]
+
+    # Fused -----------------------------------------------------------------------------------
+
+    def _attend_fused(self, tile: Tile, listed: list[int] | None, heads: slice) -> None:
+        """Keys before the tile's first row need no mask; its own rows are a causal square."""
+        query = self._query(tile, heads)
+        own = tile.position // self.block_size
+        before = None if listed is None else sorted(b for b in listed if b <= own)
+        if tile.num_rows == 1:
+            keys, values = self._keys_values(tile, before, heads, tile.kv_len)
+            self._store(tile, heads, *_flash(query, keys, values, self.geometry.scale))
+            return
+        parts = []
+        keys, values = self._keys_values(tile, before, heads, tile.position)
+        if keys.shape[1]:
+            parts.append(_flash(query, keys, values, self.geometry.scale))
+        if listed is None or own in listed:
+            parts.append(self._attend_own_square(tile, query, heads))
+        self._store(tile, heads, *_merge(parts))
+
+    def _attend_own_square(
+        self, tile: Tile, query: torch.Tensor, heads: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._keys_values(tile, None, heads, tile.kv_len, start=tile.position)
+        group = self.geometry.group_size
+        keys = keys.repeat_interleave(group, 0)[None]
+        values = values.repeat_interleave(group, 0)[None]
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query.flatten(0, 1)[None], keys, values, 0.0, True, scale=self.geometry.scale
+        )
+        return output[0].unflatten(0, (-1, group)), lse[0].unflatten(0, (-1, group))
+
+    def _keys_values(
+        self, tile: Tile, listed: list[int] | None, heads: slice, stop: int, start: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[h, n, D] keys and values at positions [start, stop), of the listed blocks if given."""
+        size = self.block_size
+        if listed is None:
+            logical: Sequence[int] = range(start // size, -(-stop // size))
+        else:
+            logical = [block for block in listed if block * size < stop]
+        if not logical:
+            return self._no_keys(self.inputs.keys), self._no_keys(self.inputs.values)
+        skip = start - logical[0] * size if listed is None else 0
+        num_keys = len(logical) * size - max(0, (logical[-1] + 1) * size - stop)
+        table = self.inputs.page_table[tile.request]
+        pages = table[logical[0] : logical[-1] + 1]
+        if len(pages) != len(logical):
+            pages = table[torch.tensor(logical, device=table.device)]
+        return tuple(
+            self._gather(cache, pages)[skip:num_keys, heads].transpose(0, 1)
+            for cache in (self.inputs.keys, self.inputs.values)
+        )  # type: ignore[return-value]  # a pair by construction
+
+    def _no_keys(self, cache: torch.Tensor) -> torch.Tensor:
+        return cache.new_empty(1, 0, cache.shape[-1])
+
+    def _gather(self, cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """[n, Hkv, D] rows of the pages: a view if they lie side by side, else a copy."""
+        first, count = int(pages[0]), len(pages)
+        if int(pages[-1]) - first == count - 1 and bool((pages.diff() == 1).all()):
+            return cache[first : first + count].flatten(0, 1)
+        return cache[pages.long()].flatten(0, 1)
+
+    # Explicit --------------------------------------------------------------------------------
+
+    def _attend_explicit(self, index: int, tile: Tile) -> None:
+        head_lists = self._head_lists(index)
+        if tile.num_rows > 1:  # groups skip on their own: a tile one of them keeps costs it alone
+            head_lists = [
+                (slice(head, head + 1), listed)
+                for heads, listed in head_lists
+                for head in range(heads.start, heads.stop)
+            ]
+        for heads, listed in head_lists:
+            if listed is None:
+                last = (tile.kv_len - 1) // self.block_size
+                listed = list(range(self.first_blocks[index], last + 1))
+            self._attend_stripes(index, tile, listed, heads)
+
+    def _attend_stripes(self, index: int, tile: Tile, listed: list[int], heads: slice) -> None:
+        query = self._query(tile, heads).float() * self.geometry.scale
+        state = _Softmax(
+            query.new_full(query.shape[:-1], float("-inf")),
+            query.new_zeros(query.shape[:-1]),
+            query.new_zeros(*query.shape[:-1], self.geometry.value_dim),
+        )
+        step = max(1, _STRIPE_KEYS // self.block_size)
+        for start in range(0, len(listed), step):
+            self._visit(index, tile, listed[start : start + step], heads, (query, state))
+        denominator, maximum = state.denominator, state.maximum
+        if self.inputs.sinks is not None:
+            sinks = self.inputs.sinks.float().view(self.geometry.num_kv_heads, -1, 1)[heads]
+            maximum = torch.maximum(maximum, sinks)
+            rescale = torch.exp(state.maximum - maximum)
+            denominator = denominator * rescale + torch.exp(sinks - maximum)
+            state.output *= rescale[..., None]
+        output = state.output / denominator[..., None]
+        self._store(tile, heads, output, maximum + denominator.log())
+
+    def _visit(
+        self,
+        index: int,
+        tile: Tile,
+        stripe: list[int],
+        heads: slice,
+        rows: tuple[torch.Tensor, _Softmax],
+    ) -> None:
+        """Fold one stripe of blocks into the softmax of the tile's rows."""
+        query, state = rows
+        keys, values = self._stripe(tile, stripe, heads)  # [h, m * block, D]
+        scores = self._scores(tile, stripe, query, keys)  # [h, G, n, m, block]
+        block_maximum = scores.amax(-1)
+        running = torch.maximum(block_maximum.cummax(-1).values, state.maximum[..., None])
+        log_threshold = self._log_threshold(index)
+        if log_threshold > float("-inf"):
+            kept = (block_maximum - running > log_threshold).any(2)  # [h, G, m]
+            self._count_skipped(index, tile, stripe, heads, kept)
+            scores, values = _drop(scores, values, kept)
+        maximum = running[..., -1]
+        finite = maximum.masked_fill(maximum == float("-inf"), 0.0)  # rows that saw no key yet
+        rescale = torch.exp(state.maximum - finite)
+        weights = scores.flatten(-2).sub_(finite[..., None]).exp_()
+        state.denominator = state.denominator * rescale + weights.sum(-1)
+        update = weights.flatten(1, 2) @ values.to(weights.dtype)
+        state.output = state.output * rescale[..., None] + update.view_as(state.output)
+        state.maximum = maximum
+
+    def _stripe(
+        self, tile: Tile, stripe: list[int], heads: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        table = self.inputs.page_table[tile.request]
+        pages = table[torch.tensor(stripe, device=table.device)].long()
+        num_missing = (max(stripe) + 1) * self.block_size - tile.kv_len
+        gathered = []
+        for cache in (self.inputs.keys, self.inputs.values):
+            part = cache[pages][:, :, heads]  # a copy, [m, block, h, D]
+            if num_missing > 0:  # slots nobody wrote for this request may hold anything
+                part[stripe.index(max(stripe)), self.block_size - num_missing :] = 0
+            gathered.append(part.flatten(0, 1).transpose(0, 1))
+        return gathered[0], gathered[1]
+
+    def _scores(
+        self, tile: Tile, stripe: list[int], query: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        scores = query.flatten(1, 2) @ keys.to(query.dtype).transpose(1, 2)
+        if self.geometry.softcap:
+            scores = self.geometry.softcap * torch.tanh(scores / self.geometry.softcap)
+        scores = scores.view(*query.shape[:3], len(stripe), self.block_size)
+        hidden = self._hidden(tile, stripe)
+        return scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))
+
+    def _hidden(self, tile: Tile, stripe: list[int]) -> torch.Tensor | None:
+        """[n, m, block] keys a row may not see, or None if every row sees all of them."""
+        device = self.inputs.query.device
+        rows = torch.arange(tile.position, tile.kv_len, device=device)[:, None, None]
+        first = self.geometry.first_visible(rows)
+        begin, end = min(stripe) * self.block_size, (max(stripe) + 1) * self.block_size
+        if end <= tile.position + 1 and begin >= int(first[-1]):
+            return None
+        starts = torch.tensor(stripe, device=device)[:, None] * self.block_size
+        keys = starts + torch.arange(self.block_size, device=device)
+        return (keys > rows) | (keys < first)
+
+    def _count_skipped(
+        self, index: int, tile: Tile, stripe: list[int], heads: slice, kept: torch.Tensor
+    ) -> None:
+        num_skipped = (~kept).sum(-1).flatten()  # [h * G]
+        group = self.geometry.group_size
+        self.blocks[index, heads.start * group : heads.stop * group, 2] += num_skipped
+        if tile.is_decode:
+            sizes = [min(self.block_size, tile.kv_len - b * self.block_size) for b in stripe]
+            unread = (~kept.any(1) * torch.tensor(sizes, device=kept.device)).sum()
+            self.kv_elements[index, 0] -= unread * self.geometry.value_dim
+
+    # Rows ------------------------------------------------------------------------------------
+
+    def _query(self, tile: Tile, heads: slice) -> torch.Tensor:
+        """[h, G, n, D] rows of the tile."""
+        rows = self.inputs.query[tile.first_row : tile.first_row + tile.num_rows]
+        grouped = rows.unflatten(1, (self.geometry.num_kv_heads, -1))
+        return grouped[:, heads].permute(1, 2, 0, 3)
+
+    def _store(self, tile: Tile, heads: slice, output: torch.Tensor, lse: torch.Tensor) -> None:
+        group = self.geometry.group_size
+        rows = slice(tile.first_row, tile.first_row + tile.num_rows)
+        columns = slice(heads.start * group, heads.stop * group)
+        self.output[rows, columns] = output.flatten(0, 1).transpose(0, 1).to(self.output.dtype)
+        self.lse[rows, columns] = lse.flatten(0, 1).transpose(0, 1)
+
+
+def _host_lists(inputs: AttentionInputs) -> list[list[list[int]] | None] | None:
+    """Per tile, the visible listed blocks of each KV head in visiting order; None reads all."""
+    if inputs.lists is None:
+        return None
+    usable = listed_and_visible(inputs).tolist()
+    rows = zip(inputs.lists.indices.tolist(), inputs.lists.counts.tolist(), usable, strict=True)
+    return [
+        None
+        if counts[0] < 0
+        else [
+            list(itertools.compress(blocks, keep))
+            for blocks, keep in zip(indices, keeps, strict=True)
+        ]
+        for indices, counts, keeps in rows
+    ]
+
+
+def _flash(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend without a mask: query [h, G, n, D], keys and values [h, m, D].
+
+    The heads of a group are folded into the rows, so that no key is repeated.
+    """
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.flatten(1, 2)[None], keys[None], values[None], 0.0, False, scale=scale
+    )
+    return output[0].view(*query.shape[:3], -1), lse[0].view(query.shape[:3])
+
+
+def _merge(
+    parts: list[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine attention over disjoint keys by the log-sum-exp of each part."""
+    if len(parts) == 1:
+        return parts[0]
+    lse = torch.stack([part_lse for _, part_lse in parts]).logsumexp(0)
+    weights = [(part_lse - lse).exp()[..., None] for _, part_lse in parts]
+    output = sum(output * weight for (output, _), weight in zip(parts, weights, strict=True))
+    assert isinstance(output, torch.Tensor)
+    return output, lse
+
+
+def _drop(
+    scores: torch.Tensor, values: torch.Tensor, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leave out blocks that no head keeps, and hide the others from heads that skip them.
+
+    Args:
+        scores: [h, G, n, m, block].
+        values: [h, m * block, Dv].
+        kept: [h, G, m] bool.
+    """
+    if bool(kept.all()):
+        return scores, values
+    used = kept.any(0).any(0).nonzero()[:, 0]
+    block = scores.shape[-1]
+    scores = scores[:, :, :, used].masked_fill_(
+        ~kept[:, :, None, used, None], float("-inf")
+    )
+    return scores, values.unflatten(1, (-1, block))[:, used].flatten(1, 2)

@@ -1,0 +1,1 @@
+"""One-off scripts of the project; nothing here is imported by the service."""

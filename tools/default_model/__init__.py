@@ -1,0 +1,1 @@
+"""The built-in model: how its data is made, how it is trained, measured and exported."""
