@@ -27,7 +27,9 @@ class Settings(BaseSettings):
         128, ge=8, le=256, multiple_of=8, description="Tokens of a KV page and of a sparsity block."
     )
     max_step_tokens: int = Field(2048, ge=256, le=131072, description="Tokens of one engine step.")
-    max_running_requests: int = Field(64, ge=1, le=1024, description="Generations that run at once.")
+    max_running_requests: int = Field(
+        64, ge=1, le=1024, description="Generations that run at once."
+    )
     max_waiting_requests: int = Field(256, ge=0, le=65536, description="Length of the queue.")
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="Size of the KV cache; unset takes a share of the free memory."

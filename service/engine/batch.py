@@ -154,9 +154,7 @@ def _log_threshold(tile: Tile, owner: Sequence) -> float:
     return -math.inf if threshold is None else math.log(threshold)
 
 
-def _counter_rows(
-    tiles: list[Tile], owners: list[Sequence], device: torch.device
-) -> torch.Tensor:
+def _counter_rows(tiles: list[Tile], owners: list[Sequence], device: torch.device) -> torch.Tensor:
     rows = []
     for tile, owner in zip(tiles, owners, strict=True):
         phase = Phase.DECODE if tile.is_decode else Phase.PREFILL

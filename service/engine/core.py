@@ -61,6 +61,11 @@ class EngineCore:
         return len(self._scheduler.waiting)
 
     @property
+    def num_live(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._live)
+
+    @property
     def num_pages_used(self) -> int:
         """Pages owned by sequences."""
         return self._pages.num_used
@@ -126,9 +131,7 @@ class EngineCore:
                 updates[sequence] = self._append(sequence, token_id, logprob)
         return updates
 
-    def _append(
-        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None
-    ) -> Update:
+    def _append(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> Update:
         progress = self._live[sequence]
         now = time.monotonic()
         if sequence.first_token_at is None:

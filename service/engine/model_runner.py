@@ -41,9 +41,7 @@ class ModelRunner:
         self.num_pages = num_pages
         self.block_size = block_size
         self.attention_name, implementation = pick_implementation()
-        caches = allocate_caches(
-            self.geometries, num_pages, block_size, self.dtype, self.device
-        )
+        caches = allocate_caches(self.geometries, num_pages, block_size, self.dtype, self.device)
         self._model = model
         self._attention = PagedAttention(self.geometries, caches, implementation, num_slots)
         bind(self._attention, [module for module, _ in modules])

@@ -85,7 +85,9 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in sorted(self.running, key=lambda s: s.num_uncomputed_tokens > 1):
             num_tokens = self._chunk_size(sequence, budget)
-            if sequence.slot is None or num_tokens == 0:  # it gave way meanwhile, or nothing is left
+            if (
+                sequence.slot is None or num_tokens == 0
+            ):  # it gave way meanwhile, or nothing is left
                 continue
             if self._make_room(sequence, num_tokens, chunks):
                 chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))

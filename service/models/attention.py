@@ -143,9 +143,7 @@ class PagedAttention:
         self.element_counters[layer].index_add_(0, batch.counter_rows, outputs.kv_elements)
         return outputs.output
 
-    def _select(
-        self, layer: int, query: torch.Tensor, batch: AttentionBatch
-    ) -> BlockLists | None:
+    def _select(self, layer: int, query: torch.Tensor, batch: AttentionBatch) -> BlockLists | None:
         """Ask each group; tiles whose method answers None read every visible block."""
         num_kv_heads = self._geometries[layer].num_kv_heads
         answers = []

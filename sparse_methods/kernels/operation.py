@@ -154,9 +154,7 @@ class AttentionOutputs:
     kv_elements: torch.Tensor
 
 
-def visible_blocks(
-    tiles: QueryTiles, geometry: LayerGeometry
-) -> tuple[torch.Tensor, torch.Tensor]:
+def visible_blocks(tiles: QueryTiles, geometry: LayerGeometry) -> tuple[torch.Tensor, torch.Tensor]:
     """First and last block, [N] each, of which any row of the tile sees a key."""
     first = geometry.first_visible(tiles.positions) // tiles.block_size
     return first, (tiles.kv_lens - 1) // tiles.block_size

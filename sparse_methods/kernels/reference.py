@@ -355,7 +355,5 @@ def _drop(
         return scores, values
     used = kept.any(0).any(0).nonzero()[:, 0]
     block = scores.shape[-1]
-    scores = scores[:, :, :, used].masked_fill_(
-        ~kept[:, :, None, used, None], float("-inf")
-    )
+    scores = scores[:, :, :, used].masked_fill_(~kept[:, :, None, used, None], float("-inf"))
     return scores, values.unflatten(1, (-1, block))[:, used].flatten(1, 2)

@@ -1,0 +1,305 @@
+"""The only door to the engine: submit a request, follow its generation, ask for the status."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from service.engine.core import EngineCore
+from service.engine.events import EngineEvents
+from service.engine.kv_cache import PageAllocator
+from service.engine.loop import Address, EngineLoop, Outbox
+from service.engine.model_runner import ModelRunner
+from service.engine.sampler import Sampler
+from service.engine.scheduler import Limits, Scheduler
+from service.engine.sequence import SamplingParams, Sequence, Update
+from service.engine.sizing import num_pages
+from service.engine.stopping import TextOutput
+from service.engine.tokenizer import Tokenizer
+from service.errors import (
+    BadRequestError,
+    PromptTooLongError,
+    QueueFullError,
+    UnavailableError,
+)
+from service.models.loading import LoadedModel, load_model
+from service.models.self_test import run_self_test
+from service.settings import Settings
+from sparse_methods import SparseAttentionMethod, get_sparse_method, latest_version
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A validated request: exactly one of ``prompt`` and ``prompt_ids`` is given."""
+
+    request_id: str
+    method: SparseAttentionMethod
+    sampling: SamplingParams
+    prompt: str | None = None
+    prompt_ids: list[int] | None = None
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What probes and gauges need; reading it never waits for the engine."""
+
+    loaded: bool
+    is_alive: bool
+    is_draining: bool
+    is_stalled: bool
+    reason: str
+    num_running: int
+    num_waiting: int
+    num_pages_total: int
+    num_pages_used: int
+
+
+class Generation:
+    """The running choices of one request; leaving the context aborts what still runs.
+
+    Attributes:
+        prompt_ids: The encoded prompt.
+    """
+
+    def __init__(self, loop: EngineLoop, sequences: list[Sequence], outbox: Outbox) -> None:
+        self._loop = loop
+        self._sequences = sequences
+        self._outbox = outbox
+        self._unfinished = set(range(len(sequences)))
+        self.prompt_ids = sequences[0].prompt_ids
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for index in self._unfinished:
+            self._loop.abort(self._sequences[index], "client")
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
+        """Yield (choice index, update) until every choice has ended.
+
+        Raises:
+            ServiceError: The engine failed one of the choices.
+        """
+        async for index, update in self._outbox:
+            if update.finish is not None or update.error is not None:
+                self._unfinished.discard(index)
+            if update.error is not None:
+                raise update.error
+            yield index, update
+            if not self._unfinished:
+                return
+
+
+class Engine:
+    """A loaded model with its engine thread.
+
+    Attributes:
+        attention: Name of the attention implementation in use.
+        default_method: Name and version of requests that name none.
+    """
+
+    def __init__(self, settings: Settings, loaded: LoadedModel, events: EngineEvents) -> None:
+        self.settings = settings
+        self.events = events
+        self.tokenizer = Tokenizer.load(loaded.directory, loaded.eos_token_ids)
+        self.model_name = loaded.name
+        self.default_method = (settings.method, latest_version(settings.method))
+        get_sparse_method(settings.method)().check_servable(settings.block_size)
+        geometries = [layer.geometry for layer in loaded.layers]
+        self._num_pages = num_pages(settings, geometries, loaded)
+        capacity = self._num_pages * settings.block_size
+        self.max_context_tokens = min(loaded.max_context_tokens, capacity)
+        if settings.max_context_tokens is not None:
+            self.max_context_tokens = min(self.max_context_tokens, settings.max_context_tokens)
+        runner = ModelRunner(
+            loaded.model,
+            [(layer.module, layer.geometry) for layer in loaded.layers],
+            num_pages=self._num_pages,
+            block_size=settings.block_size,
+            num_slots=settings.max_running_requests,
+        )
+        self.device, self.dtype = str(runner.device), str(runner.dtype).removeprefix("torch.")
+        self.attention = runner.attention_name
+        self._runner = runner
+        self._core = self._build_core(runner)
+        self._loop = EngineLoop(self._core)
+        self._is_draining = False
+
+    @classmethod
+    def load(
+        cls, settings: Settings, events: EngineEvents, progress: Progress | None = None
+    ) -> "Engine":
+        """Load the model of ``settings`` and test the packed path against the plain model.
+
+        Args:
+            progress: Called with (stage, done, total).
+
+        Raises:
+            ModelNotSupportedError: The model cannot be served; the message says why.
+        """
+        loaded = load_model(settings.model, settings.device, settings.dtype, progress)
+        engine = cls(settings, loaded, events)
+        if progress is not None:
+            progress("self-test", 0, 1)
+        run_self_test(loaded, engine.runner_logits)
+        if progress is not None:
+            progress("self-test", 1, 1)
+        return engine
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self._loop.start()
+
+    def stop(self) -> None:
+        """Abort whatever runs and end the engine thread."""
+        self._is_draining = True
+        self._loop.stop()
+
+    def drain(self) -> None:
+        """Refuse new work from now on; running generations go on."""
+        self._is_draining = True
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing runs or waits; False if that took longer than ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while not self._loop.is_idle:
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    async def submit(self, request: GenerationRequest) -> Generation:
+        """Queue a request.
+
+        Raises:
+            UnavailableError: The engine is draining or dead.
+            QueueFullError: Too many generations wait.
+            PromptTooLongError: The prompt leaves no room for an answer.
+            BadRequestError: The prompt is empty or has unknown tokens.
+        """
+        request.method.check_servable(self.settings.block_size)
+        self._check_admission(request.n)
+        prompt_ids = await self._encode(request)
+        self._check_prompt(prompt_ids)
+        outbox, event_loop = Outbox(), asyncio.get_running_loop()
+        sequences = [self._sequence(request, prompt_ids, index) for index in range(request.n)]
+        for index, sequence in enumerate(sequences):
+            self._loop.add(sequence, Address(event_loop, outbox, index))
+        return Generation(self._loop, sequences, outbox)
+
+    def status(self) -> EngineStatus:
+        """State of the engine, read without waiting."""
+        age_s = time.monotonic() - self._loop.heartbeat
+        is_stalled = age_s > self.settings.stall_timeout_s
+        reason = ""
+        if not self._loop.is_alive:
+            reason = "the engine thread is not running"
+        elif self._is_draining:
+            reason = "the server is draining"
+        elif is_stalled:
+            reason = f"the engine has made no progress for {age_s:.0f} s"
+        return EngineStatus(
+            loaded=True,
+            is_alive=self._loop.is_alive,
+            is_draining=self._is_draining,
+            is_stalled=is_stalled,
+            reason=reason,
+            num_running=self._core.num_running,
+            num_waiting=self._core.num_waiting,
+            num_pages_total=self._num_pages,
+            num_pages_used=self._core.num_pages_used,
+        )
+
+    def runner_logits(self, prompts: list[list[int]]) -> list[torch.Tensor]:
+        """[len, V] logits of each prompt through the packed path, before the thread starts."""
+        from service.engine.trial import packed_logits  # noqa: PLC0415 - only needed at load
+
+        return packed_logits(self._runner, prompts, self.settings.max_step_tokens)
+
+    def _build_core(self, runner: ModelRunner) -> EngineCore:
+        settings = self.settings
+        pages = PageAllocator(self._num_pages, settings.block_size)
+        limits = Limits(
+            max_step_tokens=settings.max_step_tokens,
+            max_running=settings.max_running_requests,
+            block_size=settings.block_size,
+        )
+        return EngineCore(
+            runner=runner,
+            scheduler=Scheduler(limits, pages),
+            pages=pages,
+            sampler=Sampler(runner.device, self.tokenizer.vocab_size, self.tokenizer.eos_token_ids),
+            events=self.events,
+            text_output=lambda sequence: TextOutput(
+                self.tokenizer, sequence.prompt_ids, sequence.sampling
+            ),
+        )
+
+    def _check_admission(self, num_choices: int) -> None:
+        status = self.status()
+        if status.reason:
+            raise UnavailableError(f"No new work is accepted: {status.reason}.")
+        num_allowed = self.settings.max_waiting_requests + self.settings.max_running_requests
+        if self._core.num_live + num_choices > num_allowed:
+            raise QueueFullError(
+                f"{self._core.num_live} generations run or wait already; this server holds"
+                f" {num_allowed} at most. Retry later."
+            )
+
+    async def _encode(self, request: GenerationRequest) -> list[int]:
+        if request.prompt_ids is not None:
+            return request.prompt_ids
+        prompt = request.prompt or ""
+        if not prompt:
+            raise BadRequestError("The prompt is empty; give at least one character.", "prompt")
+        limit = self.max_context_tokens * self.tokenizer.max_chars_per_token
+        if len(prompt) > limit:
+            raise PromptTooLongError(
+                f"The prompt has {len(prompt)} characters, more than the {limit} that could fit"
+                f" into the context of {self.max_context_tokens} tokens.",
+                "prompt",
+            )
+        return await asyncio.to_thread(self.tokenizer.encode, prompt)
+
+    def _check_prompt(self, prompt_ids: list[int]) -> None:
+        if not prompt_ids:
+            raise BadRequestError("The prompt is empty; give at least one token.", "prompt")
+        if min(prompt_ids) < 0 or max(prompt_ids) >= self.tokenizer.vocab_size:
+            raise BadRequestError(
+                f"A prompt token is outside of the vocabulary of {self.tokenizer.vocab_size}"
+                f" tokens (ids 0 to {self.tokenizer.vocab_size - 1}).",
+                "prompt_token_ids",
+            )
+        if len(prompt_ids) >= self.max_context_tokens:
+            raise PromptTooLongError(
+                f"The prompt has {len(prompt_ids)} tokens, but the context holds"
+                f" {self.max_context_tokens} and must leave room for at least one new token.",
+                "prompt",
+            )
+
+    def _sequence(self, request: GenerationRequest, prompt_ids: list[int], index: int) -> Sequence:
+        room = self.max_context_tokens - len(prompt_ids)
+        values = {**vars(request.sampling), "max_tokens": min(request.sampling.max_tokens, room)}
+        seed = request.sampling.seed
+        seed = secrets.randbits(62) if seed is None else seed + index
+        return Sequence(
+            request_id=f"{request.request_id}-{index}" if request.n > 1 else request.request_id,
+            prompt_ids=prompt_ids,
+            method=request.method,
+            sampling=SamplingParams(**values),
+            generator=torch.Generator().manual_seed(seed),
+        )

@@ -1,0 +1,60 @@
+"""How many pages the KV cache gets."""
+
+import os
+from collections.abc import Sequence as Items
+from pathlib import Path
+
+import torch
+
+from service.engine.kv_cache import bytes_per_token
+from service.errors import ModelNotSupportedError
+from service.models.loading import LoadedModel
+from service.settings import Settings
+from sparse_methods.kernels.operation import LayerGeometry
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def num_pages(settings: Settings, geometries: Items[LayerGeometry], loaded: LoadedModel) -> int:
+    """Pages that fit into the memory the operator allows, and no more than could ever be used.
+
+    Raises:
+        ModelNotSupportedError: Not even one page fits.
+    """
+    parameter = next(loaded.model.parameters())
+    page_bytes = bytes_per_token(geometries, parameter.dtype) * settings.block_size
+    budget = settings.kv_cache_bytes
+    if budget is None:
+        budget = int(free_memory_bytes(parameter.device) * settings.kv_cache_memory_fraction)
+    context = min(loaded.max_context_tokens, settings.max_context_tokens or 2**62)
+    pages_per_request = -(-context // settings.block_size)
+    count = min(budget // page_bytes, pages_per_request * settings.max_running_requests)
+    if count < 1:
+        raise ModelNotSupportedError(
+            f"The KV cache may take {budget} bytes, but one page of {settings.block_size} tokens"
+            f" needs {page_bytes}. Free memory, or raise SPARSESERVE_KV_CACHE_BYTES."
+        )
+    return count
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on the device, within a container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = _available_bytes()
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        return available
+    return min(available, limit - used)
+
+
+def _available_bytes() -> int:
+    """Memory the kernel could hand out without swapping; all free pages where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
