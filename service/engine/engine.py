@@ -1,6 +1,7 @@
 """The only door to the engine: submit a request, follow its generation, ask for the status."""
 
 import asyncio
+import dataclasses
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -109,6 +110,7 @@ class Engine:
 
     Attributes:
         attention: Name of the attention implementation in use.
+        core: What the engine thread drives; tests and benchmarks may drive it themselves.
         default_method: Name and version of requests that name none.
     """
 
@@ -135,8 +137,8 @@ class Engine:
         self.device, self.dtype = str(runner.device), str(runner.dtype).removeprefix("torch.")
         self.attention = runner.attention_name
         self._runner = runner
-        self._core = self._build_core(runner)
-        self._loop = EngineLoop(self._core)
+        self.core = self._build_core(runner)
+        self._loop = EngineLoop(self.core)
         self._is_draining = False
 
     @classmethod
@@ -218,10 +220,10 @@ class Engine:
             is_draining=self._is_draining,
             is_stalled=is_stalled,
             reason=reason,
-            num_running=self._core.num_running,
-            num_waiting=self._core.num_waiting,
+            num_running=self.core.num_running,
+            num_waiting=self.core.num_waiting,
             num_pages_total=self._num_pages,
-            num_pages_used=self._core.num_pages_used,
+            num_pages_used=self.core.num_pages_used,
         )
 
     def runner_logits(self, prompts: list[list[int]]) -> list[torch.Tensor]:
@@ -254,9 +256,9 @@ class Engine:
         if status.reason:
             raise UnavailableError(f"No new work is accepted: {status.reason}.")
         num_allowed = self.settings.max_waiting_requests + self.settings.max_running_requests
-        if self._core.num_live + num_choices > num_allowed:
+        if self.core.num_live + num_choices > num_allowed:
             raise QueueFullError(
-                f"{self._core.num_live} generations run or wait already; this server holds"
+                f"{self.core.num_live} generations run or wait already; this server holds"
                 f" {num_allowed} at most. Retry later."
             )
 
@@ -293,13 +295,20 @@ class Engine:
 
     def _sequence(self, request: GenerationRequest, prompt_ids: list[int], index: int) -> Sequence:
         room = self.max_context_tokens - len(prompt_ids)
-        values = {**vars(request.sampling), "max_tokens": min(request.sampling.max_tokens, room)}
-        seed = request.sampling.seed
-        seed = secrets.randbits(62) if seed is None else seed + index
-        return Sequence(
-            request_id=f"{request.request_id}-{index}" if request.n > 1 else request.request_id,
-            prompt_ids=prompt_ids,
-            method=request.method,
-            sampling=SamplingParams(**values),
-            generator=torch.Generator().manual_seed(seed),
-        )
+        max_tokens = min(request.sampling.max_tokens, room)
+        sampling = dataclasses.replace(request.sampling, max_tokens=max_tokens)
+        request_id = f"{request.request_id}-{index}" if request.n > 1 else request.request_id
+        return build_sequence(request_id, prompt_ids, request.method, sampling, index)
+
+
+def build_sequence(
+    request_id: str,
+    prompt_ids: list[int],
+    method: SparseAttentionMethod,
+    sampling: SamplingParams,
+    index: int,
+) -> Sequence:
+    """Make a sequence with its own random stream: choice ``index`` of a seeded request."""
+    seed = secrets.randbits(62) if sampling.seed is None else sampling.seed + index
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return Sequence(request_id, prompt_ids, method, sampling, generator)

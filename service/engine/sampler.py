@@ -4,17 +4,16 @@ A row's token never depends on the rows beside it: each sequence brings its own 
 draw adds up integers, whose sum is the same in any order and any batch.
 """
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
-from operator import attrgetter
 from weakref import WeakKeyDictionary
 
 import torch
 
 from service.engine.sequence import SamplingParams, Sequence, TokenLogprob
 
-# Weight of the likeliest token. Ids below 2^18 (2^22 at most) keep every sum within 63 bits, and
-# what this resolution drops is less likely than 1e-12 of the likeliest token.
+# Mass of the likeliest token. Any vocabulary below 2^23 sums to less than 2^63, and a token loses
+# its mass only if it is 10^12 times less likely than the likeliest.
 UNIT = 2.0**40
 NO_TOKEN = -1
 
@@ -137,32 +136,94 @@ class Sampler:
         if not masked:
             return logits
         rows, columns = self._tensor(masked).unbind(1)
-        return logits.index_put((rows, columns), logits.new_tensor(-torch.inf))
+        return logits.index_put((rows, columns), torch.full((), -math.inf, device=self._device))
 
-    def _stop_token_ids(self, sampling: SamplingParams) -> Iterable[int]:
-        eos_token_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
+    def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        eos_token_ids: frozenset[int] = frozenset() if sampling.ignore_eos else self._eos_token_ids
         return eos_token_ids.union(sampling.stop_token_ids)
 
     def _draw(
         self, logits: torch.Tensor, best: torch.Tensor, sequences: list[Sequence]
     ) -> torch.Tensor:
         """Draw one token per row. Shapes: logits [R, V], best [R]."""
-        temperature = self._column(sequences, "temperature")
-        # Relative to the best, so that a low temperature cannot overflow and nothing needs a sum.
+        tiny = torch.finfo(torch.float32).tiny
+        temperature = self._column(sequences, "temperature").clamp_min(tiny)
+        # Relative to the best, so that a low temperature cannot overflow and no sum is needed.
         weights = ((logits - best[:, None]) / temperature).exp()
-        weights = torch.where(weights >= self._column(sequences, "min_p"), weights, 0)
-        self._check_order()
         masses = (weights * UNIT).to(torch.int64)
-        return masses
+        limited = [i for i, seq in enumerate(sequences) if self._is_limited(seq.sampling)]
+        if limited:
+            rows = self._tensor(limited)
+            chosen = [sequences[i] for i in limited]
+            masses = masses.index_put((rows,), self._limit(masses[rows], logits[rows], chosen))
+        masses = torch.where(weights >= self._column(sequences, "min_p"), masses, 0)
+
+        cumulative = masses.cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        target = (self._uniforms(sequences) * total).to(torch.int64).minimum(total - 1)
+        drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        return drawn.clamp_max(logits.shape[1] - 1)  # a row that is not finite finds no place
+
+    def _limit(
+        self, masses: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]
+    ) -> torch.Tensor:
+        """Take their mass from tokens outside top-k and top-p. Shapes: both [R, V]."""
+        order = logits.argsort(dim=-1, descending=True, stable=True)
+        ranked = masses.gather(1, order)
+        rank = torch.arange(ranked.shape[1], device=self._device)
+        top_k = self._column(sequences, "top_k")
+        ranked = torch.where((rank < top_k) | (top_k == 0), ranked, 0)
+
+        cumulative = ranked.cumsum(dim=-1)
+        nucleus = self._column(sequences, "top_p", torch.float64) * cumulative[:, -1:]
+        # A token stays if those before it fall short of the nucleus; the first one always stays.
+        stays = (cumulative - ranked < nucleus) | (rank == 0)
+        return torch.empty_like(masses).scatter_(1, order, torch.where(stays, ranked, 0))
+
+    def _is_limited(self, sampling: SamplingParams) -> bool:
+        return 0 < sampling.top_k < self._vocab_size or sampling.top_p < 1
+
+    def _uniforms(self, sequences: list[Sequence]) -> torch.Tensor:
+        """One number in [0, 1) from each sequence's own generator: [R, 1]."""
+        values = [
+            [torch.rand((), dtype=torch.float64, generator=seq.generator).item()]
+            for seq in sequences
+        ]
+        return torch.tensor(values, dtype=torch.float64, device=self._device)
+
+    def _report(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, sequences: list[Sequence]
+    ) -> list[TokenLogprob | None]:
+        """Log-probabilities of the rows whose clients asked for them."""
+        reports: list[TokenLogprob | None] = [None] * len(sequences)
+        wanted = {
+            i: seq.sampling.logprobs
+            for i, seq in enumerate(sequences)
+            if seq.sampling.logprobs is not None
+        }
+        if not wanted:
+            return reports
+        rows = self._tensor(list(wanted))
+        logprobs = logits[rows].log_softmax(dim=-1)  # [R, V]
+        own_ids = token_ids[rows]
+        own = logprobs.gather(1, own_ids[:, None])[:, 0].tolist()
+        best = logprobs.topk(min(max(wanted.values()), logits.shape[1]), dim=-1)
+        best_ids, best_logprobs = best.indices.tolist(), best.values.tolist()
+        for k, (i, token_id) in enumerate(zip(wanted, own_ids.tolist(), strict=True)):
+            top = zip(best_ids[k][: wanted[i]], best_logprobs[k], strict=False)
+            possible = tuple((t, logprob) for t, logprob in top if logprob > -math.inf)
+            reports[i] = TokenLogprob(token_id, own[k], possible)
+        return reports
 
     def _tensor(self, values: list[int] | list[tuple[int, int]]) -> torch.Tensor:
         return torch.tensor(values, device=self._device)
 
-    def _column(self, sequences: list[Sequence], parameter: str) -> torch.Tensor:
+    def _column(
+        self, sequences: list[Sequence], parameter: str, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
         """One sampling parameter of each row: [R, 1]."""
-        value = attrgetter(parameter)
-        column = [[float(value(seq.sampling))] for seq in sequences]
-        return torch.tensor(column, device=self._device)
+        column = [[getattr(seq.sampling, parameter)] for seq in sequences]
+        return torch.tensor(column, dtype=dtype, device=self._device)
 
 
 def _has_penalty(sampling: SamplingParams) -> bool:

@@ -153,7 +153,9 @@ class Tokenizer:
     @cached_property
     def _anchor(self) -> tuple[int, str] | None:
         """A token with plain text, so that others can be decoded as they read after it."""
-        texts = ((token_id, self._backend.decode([token_id])) for token_id in sorted(self._text_ids))
+        texts = (
+            (token_id, self._backend.decode([token_id])) for token_id in sorted(self._text_ids)
+        )
         return next(((i, text) for i, text in texts if text.isascii() and text.isalnum()), None)
 
     def _find_bytes(self, token_id: int) -> bytes:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 from tools.default_model.corpus import Tokens
 from tools.default_model.recipe import BOS_ID, Recipe
@@ -21,6 +22,7 @@ class MicroBatches(Dataset[Tensor]):
     recipe: Recipe
     stage_index: int
 
+    @override
     def __getitem__(self, index: int) -> Tensor:
         """Make micro-batch `index`: inputs are its columns but the last, targets but the first."""
         stage = self.recipe.stages[self.stage_index]

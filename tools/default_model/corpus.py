@@ -49,8 +49,8 @@ def tokenize(tokenizer: Tokenizer, books: Iterable[str]) -> Corpus:
     unread = iter(books)
     while group := list(islice(unread, 64)):  # a group is spread over the processor's cores
         num_bytes += sum(len(book.encode()) for book in group)
-        for encoding in tokenizer.encode_batch(group, add_special_tokens=False):
-            parts.append(np.array([*encoding.ids, EOS_ID], dtype=np.uint16))
+        encodings = tokenizer.encode_batch(group, add_special_tokens=False)
+        parts += [np.array([*encoding.ids, EOS_ID], dtype=np.uint16) for encoding in encodings]
     return Corpus(np.concatenate(parts), num_bytes)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from tools.default_model.corpus import Corpus, Tokens
-from tools.default_model.recipe import BOS_ID
+from tools.default_model.recipe import BOS_ID, EOS_ID, PAD_ID
 from tools.default_model.sparsity import densities, tile_row_maxima
 from tools.default_model.tasks import TaskWriter, Trial
 
@@ -136,18 +136,22 @@ def samples(model: PreTrainedModel, folder: Path, num_tokens: int) -> list[dict[
         row = torch.tensor([[BOS_ID, *ids]], device=model.device)
         for temperature in (0.0, 0.8):
             torch.manual_seed(0)
-            chosen = {"temperature": temperature, "top_k": 0} if temperature else {}
-            out = model.generate(
-                row, max_new_tokens=num_tokens, do_sample=temperature > 0, pad_token_id=2, **chosen
+            how = GenerationConfig(
+                max_new_tokens=num_tokens,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
+                pad_token_id=PAD_ID,
+                eos_token_id=EOS_ID,
             )
-            text = tokenizer.decode(out[0, row.shape[1] :])
+            out = model.generate(row, generation_config=how)
+            text = str(tokenizer.decode(out[0, row.shape[1] :]))
             written.append({"temperature": str(temperature), "prompt": prompt, "text": text})
     return written
 
 
 @dataclass(frozen=True)
 class Exam:
-    """How much of everything is measured; contexts that the corpus cannot fill are left out."""
+    """How much of everything is measured; the books must fill `segment` tokens."""
 
     contexts: tuple[int, ...] = (2048, 8192, 16384, 32768)
     fact_counts: tuple[int, ...] = (4, 16)

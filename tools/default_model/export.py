@@ -1,6 +1,7 @@
 """The trained model as files that plain transformers loads: Qwen3, safetensors, tokenizer."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def exported_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _write_json(path: Path, content: dict[str, object] | dict[str, int]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -94,9 +95,9 @@ def _write_shards(weights: dict[str, Tensor], folder: Path) -> None:
         shards[written * NUM_SHARDS // total][name] = weights[name]
         written += weights[name].nbytes
     weight_map: dict[str, str] = {}
-    for index, shard in enumerate(shards, start=1):
-        file = f"model-{index:05}-of-{NUM_SHARDS:05}.safetensors"
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{NUM_SHARDS:05}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1) + "\n")
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)

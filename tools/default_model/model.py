@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tools.default_model.recipe import Shape
 from tools.default_model.sparsity import soft_density
@@ -22,6 +23,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((size,), gain))
         self.eps = eps
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
         wide = x.float()
@@ -50,6 +52,7 @@ class Attention(nn.Module):
         key = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         return rotate(query, rope), rotate(key, rope)
 
+    @override
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -74,6 +77,7 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """Map each token by itself."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -91,6 +95,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(shape)
         self.dropout = 0.0
 
+    @override
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -132,6 +137,7 @@ class LanguageModel(nn.Module):
         angles = torch.outer(positions, 1.0 / self.shape.rope_theta**exponents).repeat(1, 2)
         return angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
 
+    @override
     def forward(self, ids: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the last hidden states [B, T, hidden] and the mean soft density of the layers."""
         x = self.embed_tokens(ids).to(self.compute_dtype)

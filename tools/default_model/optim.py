@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from typing_extensions import override
 
 from tools.default_model.recipe import Recipe
 
@@ -26,7 +27,8 @@ def orthogonalize(update: Tensor, num_rounds: int = 5) -> Tensor:
     for _ in range(num_rounds):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(update.dtype)
+    x = x.mT if tall else x
+    return x.to(update.dtype)
 
 
 class Muon(Optimizer):
@@ -43,8 +45,11 @@ class Muon(Optimizer):
         super().__init__(list(matrices), defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure here
+    @override
+    def step(self, closure: object = None) -> None:  # type: ignore[override]  # never a closure
         """Update the matrices from their gradients."""
+        if closure is not None:
+            raise ValueError("Muon takes its gradients as they are: call step without a closure.")
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for matrix in group["params"]:

@@ -19,7 +19,8 @@ TEMPERATURE = 1.0  # nats over which a tile goes from kept to skipped
 
 def tile_row_maxima(logits: Tensor) -> Tensor:
     """Return the maximum of each row in each tile of keys: [..., rows, T] to [..., rows, tiles]."""
-    return logits.unflatten(-1, (-1, TILE)).amax(-1)
+    maxima: Tensor = logits.unflatten(-1, (-1, TILE)).amax(-1)
+    return maxima
 
 
 def soft_density(query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def kept_tiles(maxima: Tensor, threshold: float, *, diagonal_first: bool) -> Ten
         first = maxima.gather(-1, own.expand(*maxima.shape[:-1], 1))
         running = torch.maximum(running, torch.maximum(first, maxima[..., :1]))
     needed = (maxima - running > math.log(threshold)) & (maxima > -torch.inf)
-    kept = needed.unflatten(-2, (num_tiles, TILE)).any(-2)
+    kept: Tensor = needed.unflatten(-2, (num_tiles, TILE)).any(-2)
     kept[..., 0] = True
     if diagonal_first:
         kept |= torch.eye(num_tiles, dtype=torch.bool, device=kept.device)

@@ -7,6 +7,7 @@ part of the window, 0 to 1, so the distance between a fact and its question take
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -91,7 +92,7 @@ class TaskWriter:
         names = [self.name(rng) for _ in range(length)]
         value = self.number(rng, CHAIN_DIGITS)
         definitions = [self._write("\nVAR", names[0], " =", value, ".\n")]
-        for before, name in zip(names, names[1:], strict=False):
+        for before, name in pairwise(names):
             definitions.append(self._write("\nVAR", name, " = VAR", before, ".\n"))
         questions = [self._write("\nFind the value of VAR", name, " =") for name in names]
         return definitions, questions, value

@@ -111,22 +111,22 @@ class Trainer:
         path = self.folder / "plan.json"
         if not path.exists():
             rates = self._measure()
-            steps = [
+            planned = [
                 max(1, int(stage.share * budget_s * rate / self.recipe.tokens_per_step))
                 for stage, rate in zip(self.recipe.stages, rates, strict=True)
             ]
-            path.write_text(json.dumps({"steps": steps, "tokens_per_s": rates}))
-        steps = json.loads(path.read_text())["steps"]
+            path.write_text(json.dumps({"steps": planned, "tokens_per_s": rates}))
+        steps: list[int] = json.loads(path.read_text())["steps"]
         logger.info("plan: %s", path.read_text())
         return steps
 
     def _measure(self) -> list[float]:
         """Return the tokens per second of each stage, from steps on random rows taken back."""
-        before = copy.deepcopy(self.model.state_dict())
+        before, step = copy.deepcopy(self.model.state_dict()), self.step
         rates = [self._tokens_per_s(index) for index in range(len(self.recipe.stages))]
         self.model.load_state_dict(before)
         self.optimizers = make_optimizers(self.model, self.recipe)
-        self.step = 0
+        self.step = step
         return rates
 
     def _tokens_per_s(self, stage_index: int) -> float:

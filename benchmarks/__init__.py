@@ -1,0 +1,1 @@
+"""Measurements against what a user would otherwise run; ratios from one run come first."""

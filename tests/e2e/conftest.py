@@ -1,0 +1,114 @@
+"""A real server process with the built-in model."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Server:
+    """A running ``sparseserve serve``."""
+
+    def __init__(self, *options, env=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(self.port)]
+        self.process = subprocess.Popen(
+            [*command, *options],
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.client = httpx.Client(base_url=self.url, timeout=100)
+
+    def wait_ready(self, timeout_s=60):
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if self.client.get("/health/ready").status_code == 200:
+                    return self
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.1)
+        self.process.kill()
+        raise AssertionError(f"the server did not become ready:\n{self.process.stdout.read()}")
+
+    def generate(self, prompt, **fields):
+        query = {k: fields.pop(k) for k in ("method", "version") if k in fields}
+        answer = self.client.post(
+            "/generate", params=query, json={"prompt": prompt, "temperature": 0, **fields}
+        )
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def metric(self, name, **labels):
+        """Sum of the samples of a metric that carry these labels."""
+        total = 0.0
+        for line in self.client.get("/metrics").text.splitlines():
+            head, _, value = line.rpartition(" ")
+            label_part = head.partition("{")[2]
+            wanted = all(f'{k}="{v}"' in label_part for k, v in labels.items())
+            if head.partition("{")[0] == f"sparseserve_{name}" and wanted:
+                total += float(value)
+        return total
+
+    def wait_metric(self, name, value, timeout_s=30, **labels):
+        deadline = time.monotonic() + timeout_s
+        while (seen := self.metric(name, **labels)) != value:
+            assert time.monotonic() < deadline, f"{name} is {seen}, not {value}"
+            time.sleep(0.05)
+
+    def stop(self, *, timeout_s=30):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            output, _ = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        finally:
+            self.client.close()
+        return output
+
+
+@pytest.fixture(scope="session")
+def server():
+    running = Server("--max-step-tokens", "1024").wait_ready()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def start_server():
+    """Start servers of one's own; all are stopped at the end."""
+    started = []
+
+    def start(*options, env=None):
+        started.append(Server(*options, env=env))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.communicate()
+        one.client.close()
+
+
+@pytest.fixture(scope="session")
+def planted():
+    return json.loads((ROOT / "examples" / "planted_number.json").read_text())

@@ -1,0 +1,211 @@
+"""What a user of a real server sees: the right answers, the right statistics, the right refusals."""
+
+import concurrent.futures
+import json
+import signal
+import threading
+import time
+
+import httpx
+import pytest
+
+SKIP = {"threshold": {"prefill": 0.5, "decode": 0.5}}
+
+
+def check_counts(answer):
+    for phase in ("prefill", "decode", "overall"):
+        counts = answer["sparsity"][phase]
+        assert 0 <= counts["blocks_skipped"] <= counts["blocks_selected"] <= counts["blocks_total"]
+        kept = counts["blocks_selected"] - counts["blocks_skipped"]
+        assert counts["density"] == pytest.approx(kept / max(1, counts["blocks_total"]), abs=1e-9)
+        assert counts["sparsity"] == pytest.approx(1 - counts["density"], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "finds_it"),
+    [
+        ("dense", {}, True),
+        ("flash_skip_softmax", {}, True),
+        ("flash_skip_softmax", SKIP, True),
+        ("streaming", {}, False),  # blind to the middle: that is what it costs
+    ],
+)
+def test_a_planted_number_comes_back_with_true_statistics(
+    server, planted, method, params, finds_it
+):
+    answer = server.generate(
+        planted["prompt"], method=method, method_params=params, max_tokens=planted["max_tokens"]
+    )
+    check_counts(answer)
+    assert answer["usage"]["prompt_tokens"] > 9_500
+    assert ("4839201" in answer["text"]) == finds_it
+    density = answer["sparsity"]["prefill"]["density"]
+    if method == "dense":
+        assert density == 1
+    if params:
+        assert 0 < answer["sparsity"]["prefill"]["blocks_skipped"]
+        assert density < 1
+    if method == "streaming":
+        assert density < 0.4
+        assert answer["sparsity"]["decode"]["kv_bytes_read"] < (
+            0.4 * answer["sparsity"]["decode"]["kv_bytes_dense"]
+        )
+
+
+def test_each_request_of_a_mixed_load_gets_what_it_gets_alone(server, planted):
+    words = planted["prompt"].split(" ")
+    methods = [
+        {"method": "dense"},
+        {"method": "flash_skip_softmax", "method_params": SKIP},
+        {"method": "streaming", "method_params": {"window_blocks": 2}},
+    ]
+    jobs = [
+        {**methods[i % 3], "prompt": " ".join(words[40 * i : 40 * i + 150 * (i % 5 + 1)])}
+        for i in range(9)
+    ]
+    jobs = [{**job, "max_tokens": 12 + i} for i, job in enumerate(jobs)]
+    alone = [server.generate(**job) for job in jobs]
+    assert len({answer["text"] for answer in alone}) > 5
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        together = list(pool.map(lambda job: server.generate(**job), jobs))
+    for one, other, job in zip(alone, together, jobs, strict=True):
+        assert one["choices"][0]["token_ids"] == other["choices"][0]["token_ids"]
+        assert one["sparsity"] == other["sparsity"]
+        assert other["method"] == job["method"]
+
+
+def test_streamed_text_equals_whole_text(server):
+    body = {"prompt": "The old house stood", "max_tokens": 40, "seed": 5, "temperature": 0.9}
+    whole = server.client.post("/generate", json=body).json()
+    events = []
+    with server.client.stream("POST", "/generate", json={**body, "stream": True}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["x-sparse-method"] == "flash_skip_softmax"
+        events = [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    parts = [json.loads(event) for event in events[:-1]]
+    assert "".join(part.get("text", "") for part in parts) == whole["text"]
+    ids = [token for part in parts for token in part.get("token_ids", [])]
+    assert ids == whole["choices"][0]["token_ids"]
+    assert parts[-1]["sparsity"] == whole["sparsity"]
+    assert parts[-1]["usage"] == whole["usage"]
+
+
+def test_a_seed_reproduces_and_no_seed_does_not(server):
+    def text(**fields):
+        return server.generate("It was", temperature=1, max_tokens=30, **fields)["text"]
+
+    assert text(seed=3) == text(seed=3) != text(seed=4)
+    assert text() != text()
+
+
+BAD = [
+    ({"method": "nope"}, {"prompt": "x"}, "method"),
+    ({"method": "dense", "version": "v99"}, {"prompt": "x"}, "version"),
+    ({}, {"prompt": "x", "method": "streaming", "method_params": {"nope": 1}}, "method_params"),
+    ({"method": "dense"}, {"prompt": "x", "method": "streaming"}, "method"),
+    ({}, {"prompt": ""}, "prompt"),
+    ({}, {}, None),
+    ({}, {"prompt": 5}, "prompt"),
+    ({}, {"prompt": "x", "max_tokens": "5"}, "max_tokens"),
+    ({}, {"prompt": "x", "surprise": 1}, "surprise"),
+    ({}, {"prompt": "word " * 60_000}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("query", "body", "param"), BAD)
+def test_a_bad_request_is_refused_and_the_next_one_works(server, query, body, param):
+    answer = server.client.post("/generate", params=query, json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, 400)
+    assert len(answer.content) <= 2048
+    if param is not None:
+        assert param in str(error["param"])
+    assert server.generate("It was", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_broken_json_and_a_body_of_20_mb_are_refused(server):
+    headers = {"content-type": "application/json"}
+    answer = server.client.post("/generate", content=b'{"prompt": "x"', headers=headers)
+    assert answer.status_code == 400
+    big = json.dumps({"prompt": "x" * 20_000_000}).encode()
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        assert client.post("/generate", content=big, headers=headers).status_code == 413
+    assert server.generate("It was", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("long_prompt", [False, True])
+def test_a_client_that_leaves_frees_its_pages(server, planted, stream, long_prompt):
+    server.wait_metric("running_requests", 0)
+    before = server.metric("aborted_requests_total", reason="client")
+    prompt = planted["prompt"] if long_prompt else "It was"
+    body = {"prompt": prompt, "max_tokens": 4000, "ignore_eos": True, "stream": stream}
+    timeout = httpx.Timeout(30, read=0.7)
+
+    def leave():
+        with httpx.Client(base_url=server.url, timeout=timeout) as client:
+            if not stream:
+                client.post("/generate", json=body)
+                return
+            with client.stream("POST", "/generate", json=body) as answer:
+                for index, _ in enumerate(answer.iter_lines()):
+                    if index > 4:
+                        return
+
+    if stream and not long_prompt:
+        leave()
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            leave()
+    server.wait_metric("aborted_requests_total", before + 1, reason="client")
+    server.wait_metric("kv_cache_pages_used", 0)
+    assert server.generate("It was", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_metrics_add_up_to_what_the_answers_said(server):
+    labels = {"method": "streaming", "version": "v1"}
+    names = ("blocks_total", "blocks_selected_total", "blocks_skipped_total")
+    before = [server.metric(name, **labels) for name in names]
+    tokens_before = server.metric("generated_tokens_total", **labels)
+    answers = [
+        server.generate("once " * 400, method="streaming", max_tokens=4, method_params=params)
+        for params in ({"window_blocks": 1}, {"window_blocks": 2})
+    ]
+    keys = ("blocks_total", "blocks_selected", "blocks_skipped")
+    sums = [sum(answer["sparsity"]["overall"][key] for answer in answers) for key in keys]
+    after = [server.metric(name, **labels) for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == sums
+    generated = sum(answer["usage"]["completion_tokens"] for answer in answers)
+    assert server.metric("generated_tokens_total", **labels) - tokens_before == generated
+
+
+def test_termination_lets_running_requests_finish(start_server):
+    server = start_server().wait_ready()
+    answers = []
+
+    def ask():
+        answers.append(server.generate("It was", max_tokens=150, ignore_eos=True))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    server.wait_metric("running_requests", 1)
+    server.process.send_signal(signal.SIGTERM)
+    thread.join(60)
+    assert answers[0]["usage"]["completion_tokens"] == 150
+    assert server.process.wait(30) == 0
+    server.process.stdout.close()
+
+
+def test_while_the_model_loads_only_liveness_answers_200(start_server):
+    server = start_server()
+    deadline = time.monotonic() + 60
+    statuses = set()
+    while time.monotonic() < deadline and 200 not in statuses:
+        try:
+            if server.client.get("/health/live").status_code == 200:
+                statuses.add(server.client.get("/health/ready").status_code)
+        except httpx.TransportError:
+            time.sleep(0.02)
+    assert 503 in statuses
+    server.wait_ready().stop()
