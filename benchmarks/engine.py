@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ def main(
 
 def throughput(engine: Engine, loaded: LoadedModel, rounds: int) -> dict[str, float]:
     """New tokens per second of a mixed load, greedy, everything submitted at once."""
-    work = _mixed_work(loaded)
+    work = _mixed_work(engine.tokenizer.vocab_size)
     num_new = sum(length for _, length in work)
     seconds = _alternate(
         {
@@ -76,7 +75,9 @@ def first_token(
 ) -> dict[str, float]:
     """Seconds to the first token of one long prompt."""
     generator = torch.Generator().manual_seed(1)
-    prompt = torch.randint(8, loaded.vocab_size, (num_tokens,), generator=generator).tolist()
+    prompt = torch.randint(
+        8, engine.tokenizer.vocab_size, (num_tokens,), generator=generator
+    ).tolist()
     seconds = _alternate(
         {
             "ours, dense": lambda: _run_ours(engine, [(prompt, 1)], "dense"),
@@ -96,14 +97,14 @@ def first_token(
     }
 
 
-def _mixed_work(loaded: LoadedModel) -> Work:
+def _mixed_work(vocab_size: int) -> Work:
     generator = torch.Generator().manual_seed(0)
 
     def draw(low: int, high: int, count: int) -> list[int]:
         return torch.randint(low, high, (count,), generator=generator).tolist()
 
     lengths = zip(draw(16, 257, _NUM_REQUESTS), draw(8, 65, _NUM_REQUESTS), strict=True)
-    return [(draw(8, loaded.vocab_size, num_prompt), num_new) for num_prompt, num_new in lengths]
+    return [(draw(8, vocab_size, num_prompt), num_new) for num_prompt, num_new in lengths]
 
 
 def _alternate(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment() -> dict[str, Any]:
     """What a reader needs to judge a number."""
-    commit = subprocess.run(  # noqa: S603 - a fixed command
+    commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
         capture_output=True,
         text=True,

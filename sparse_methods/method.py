@@ -37,6 +37,9 @@ class Knobs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_Knobs = Knobs  # inside a method's class body, Knobs is that method's own
+
+
 @dataclass(frozen=True)
 class PrefillView:
     """What a method may look at when it selects blocks for the query tiles of one layer.
@@ -118,14 +121,14 @@ class SparseAttentionMethod(ABC):
         source: Publication or code the rule comes from.
     """
 
-    Knobs: ClassVar[type[Knobs]] = Knobs
+    Knobs: ClassVar[type[_Knobs]] = _Knobs
     registered_name: ClassVar[str] = ""
     registered_version: ClassVar[str] = ""
     phases: ClassVar[tuple[Phase, ...]] = (Phase.PREFILL, Phase.DECODE)
     source: ClassVar[str] = ""
     implementations: ClassVar[tuple[str, ...]] = ("reference",)
 
-    def __init__(self, method_config: "Mapping[str, Any] | Knobs | None" = None) -> None:
+    def __init__(self, method_config: Mapping[str, Any] | _Knobs | None = None) -> None:
         self.knobs = self._validate(method_config)
 
     @property
@@ -173,7 +176,7 @@ class SparseAttentionMethod(ABC):
         """
         return None
 
-    def check_servable(self, block_size: int) -> None:  # noqa: ARG002 - a hook
+    def check_servable(self, block_size: int) -> None:  # noqa: B027 - a hook
         """Raise UnsupportedError if the knobs cannot be served with this block size (tokens)."""
 
     @classmethod
@@ -188,8 +191,8 @@ class SparseAttentionMethod(ABC):
         return hashlib.sha256(source.encode()).hexdigest()[:12]
 
     @classmethod
-    def _validate(cls, config: "Mapping[str, Any] | Knobs | None") -> Knobs:
-        if isinstance(config, Knobs):
+    def _validate(cls, config: Mapping[str, Any] | _Knobs | None) -> _Knobs:
+        if isinstance(config, _Knobs):
             config = config.model_dump()
         try:
             return cls.Knobs.model_validate(dict(config or {}))

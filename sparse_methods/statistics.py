@@ -92,7 +92,7 @@ def read_statistics(
     """Turn one request's counters into statistics.
 
     Args:
-        blocks: [layers, phases, max heads, 3] int64, the counter axis being total, selected, skipped.
+        blocks: [layers, phases, max heads, 3] int64, the last axis being total, selected, skipped.
         kv_bytes: [layers, phases, 2] int64, the last axis being read, dense.
         num_heads: Query heads of each layer.
     """

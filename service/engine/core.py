@@ -12,7 +12,7 @@ from service.engine.model_runner import ModelRunner
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Chunk, Scheduler
 from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
-from service.engine.stopping import TextOutput
+from service.engine.stopping import OutputBuilder
 from service.errors import GenerationError, ServiceError
 
 
@@ -20,7 +20,7 @@ from service.errors import GenerationError, ServiceError
 class _Progress:
     """What only a live sequence needs: its text so far, and when its last token came."""
 
-    text: TextOutput
+    text: OutputBuilder
     last_token_at: float | None = None
 
 
@@ -34,7 +34,7 @@ class EngineCore:
         pages: PageAllocator,
         sampler: Sampler,
         events: EngineEvents,
-        text_output: Callable[[Sequence], TextOutput],
+        text_output: Callable[[Sequence], OutputBuilder],
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -59,11 +59,6 @@ class EngineCore:
     def num_waiting(self) -> int:
         """Sequences that wait for pages or a place."""
         return len(self._scheduler.waiting)
-
-    @property
-    def num_live(self) -> int:
-        """Sequences that have not ended."""
-        return len(self._live)
 
     @property
     def num_pages_used(self) -> int:

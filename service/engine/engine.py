@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -20,8 +20,9 @@ from service.engine.sampler import Sampler
 from service.engine.scheduler import Limits, Scheduler
 from service.engine.sequence import SamplingParams, Sequence, Update
 from service.engine.sizing import num_pages
-from service.engine.stopping import TextOutput
+from service.engine.stopping import OutputBuilder
 from service.engine.tokenizer import Tokenizer
+from service.engine.trial import packed_logits
 from service.errors import (
     BadRequestError,
     PromptTooLongError,
@@ -29,7 +30,7 @@ from service.errors import (
     UnavailableError,
 )
 from service.models.loading import LoadedModel, load_model
-from service.models.self_test import run_self_test
+from service.models.self_test import SelfTestReport, run_self_test
 from service.settings import Settings
 from sparse_methods import SparseAttentionMethod, get_sparse_method, latest_version
 
@@ -110,6 +111,7 @@ class Engine:
 
     Attributes:
         attention: Name of the attention implementation in use.
+        self_test: What the test at load measured.
         core: What the engine thread drives; tests and benchmarks may drive it themselves.
         default_method: Name and version of requests that name none.
     """
@@ -125,8 +127,8 @@ class Engine:
         self._num_pages = num_pages(settings, geometries, loaded)
         capacity = self._num_pages * settings.block_size
         self.max_context_tokens = min(loaded.max_context_tokens, capacity)
-        if settings.max_context_tokens is not None:
-            self.max_context_tokens = min(self.max_context_tokens, settings.max_context_tokens)
+        embeddings: Any = loaded.model.get_input_embeddings()
+        self._num_embeddings = int(embeddings.weight.shape[0])
         runner = ModelRunner(
             loaded.model,
             [(layer.module, layer.geometry) for layer in loaded.layers],
@@ -140,6 +142,7 @@ class Engine:
         self.core = self._build_core(runner)
         self._loop = EngineLoop(self.core)
         self._is_draining = False
+        self.self_test: SelfTestReport | None = None
 
     @classmethod
     def load(
@@ -147,17 +150,16 @@ class Engine:
     ) -> "Engine":
         """Load the model of ``settings`` and test the packed path against the plain model.
 
-        Args:
-            progress: Called with (stage, done, total).
+        ``progress`` is called with (stage, done, total).
 
         Raises:
             ModelNotSupportedError: The model cannot be served; the message says why.
         """
-        loaded = load_model(settings.model, settings.device, settings.dtype, progress)
+        loaded = load_model(
+            settings.model, settings.device, settings.dtype, progress, settings.max_context_tokens
+        )
         engine = cls(settings, loaded, events)
-        if progress is not None:
-            progress("self-test", 0, 1)
-        run_self_test(loaded, engine.runner_logits)
+        engine.self_test = run_self_test(loaded, engine.trial_logits, engine.max_trial_tokens)
         if progress is not None:
             progress("self-test", 1, 1)
         return engine
@@ -178,7 +180,7 @@ class Engine:
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until nothing runs or waits; False if that took longer than ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
-        while not self._loop.is_idle:
+        while self._loop.num_unfinished:
             if time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(0.02)
@@ -194,9 +196,10 @@ class Engine:
             BadRequestError: The prompt is empty or has unknown tokens.
         """
         request.method.check_servable(self.settings.block_size)
-        self._check_admission(request.n)
+        self._check_admission(request.n)  # before the work of encoding, and again after it
         prompt_ids = await self._encode(request)
         self._check_prompt(prompt_ids)
+        self._check_admission(request.n)
         outbox, event_loop = Outbox(), asyncio.get_running_loop()
         sequences = [self._sequence(request, prompt_ids, index) for index in range(request.n)]
         for index, sequence in enumerate(sequences):
@@ -226,10 +229,13 @@ class Engine:
             num_pages_used=self.core.num_pages_used,
         )
 
-    def runner_logits(self, prompts: list[list[int]]) -> list[torch.Tensor]:
-        """[len, V] logits of each prompt through the packed path, before the thread starts."""
-        from service.engine.trial import packed_logits  # noqa: PLC0415 - only needed at load
+    @property
+    def max_trial_tokens(self) -> int:
+        """Longest prompt of a trial run; four of them fit into the cache."""
+        return max(self.settings.block_size, self._num_pages // 4 * self.settings.block_size)
 
+    def trial_logits(self, prompts: list[list[int]]) -> list[torch.Tensor]:
+        """[len, V] logits of each prompt through the packed path, before the thread starts."""
         return packed_logits(self._runner, prompts, self.settings.max_step_tokens)
 
     def _build_core(self, runner: ModelRunner) -> EngineCore:
@@ -246,7 +252,7 @@ class Engine:
             pages=pages,
             sampler=Sampler(runner.device, self.tokenizer.vocab_size, self.tokenizer.eos_token_ids),
             events=self.events,
-            text_output=lambda sequence: TextOutput(
+            text_output=lambda sequence: OutputBuilder(
                 self.tokenizer, sequence.prompt_ids, sequence.sampling
             ),
         )
@@ -256,9 +262,9 @@ class Engine:
         if status.reason:
             raise UnavailableError(f"No new work is accepted: {status.reason}.")
         num_allowed = self.settings.max_waiting_requests + self.settings.max_running_requests
-        if self.core.num_live + num_choices > num_allowed:
+        if self._loop.num_unfinished + num_choices > num_allowed:
             raise QueueFullError(
-                f"{self.core.num_live} generations run or wait already; this server holds"
+                f"{self._loop.num_unfinished} generations run or wait already; this server holds"
                 f" {num_allowed} at most. Retry later."
             )
 
@@ -268,7 +274,7 @@ class Engine:
         prompt = request.prompt or ""
         if not prompt:
             raise BadRequestError("The prompt is empty; give at least one character.", "prompt")
-        limit = self.max_context_tokens * self.tokenizer.max_chars_per_token
+        limit = self.max_context_tokens * self.tokenizer.max_chars_of_token
         if len(prompt) > limit:
             raise PromptTooLongError(
                 f"The prompt has {len(prompt)} characters, more than the {limit} that could fit"
@@ -280,10 +286,10 @@ class Engine:
     def _check_prompt(self, prompt_ids: list[int]) -> None:
         if not prompt_ids:
             raise BadRequestError("The prompt is empty; give at least one token.", "prompt")
-        if min(prompt_ids) < 0 or max(prompt_ids) >= self.tokenizer.vocab_size:
+        if min(prompt_ids) < 0 or max(prompt_ids) >= self._num_embeddings:
             raise BadRequestError(
-                f"A prompt token is outside of the vocabulary of {self.tokenizer.vocab_size}"
-                f" tokens (ids 0 to {self.tokenizer.vocab_size - 1}).",
+                f"A prompt token is outside of the vocabulary: ids go from 0 to"
+                f" {self._num_embeddings - 1}.",
                 "prompt_token_ids",
             )
         if len(prompt_ids) >= self.max_context_tokens:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from service.engine.core import EngineCore
 from service.engine.sequence import Sequence, Update
-from service.errors import GenerationError, ServiceError
+from service.errors import GenerationError, UnavailableError
 
 _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.5  # how often an idle engine shows that it is alive
@@ -59,35 +59,44 @@ class EngineLoop:
         self._core = core
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._addresses: dict[Sequence, Address] = {}
+        self._admission = threading.Lock()  # between a last submission and the end of the thread
+        self._is_closed = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.heartbeat = time.monotonic()
-        self.is_idle = True
 
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def num_unfinished(self) -> int:
+        """Generations submitted that have not ended."""
+        return len(self._addresses)
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """Abort whatever runs and end the thread."""
+        """Fail whatever runs and end the thread."""
         self._stopping.set()
         self._inbox.put(lambda: None)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
     def add(self, sequence: Sequence, address: Address) -> None:
-        """Hand a sequence to the engine; its updates go to ``address``."""
+        """Hand a sequence to the engine; its updates go to ``address``.
 
-        def command() -> None:
+        Raises:
+            UnavailableError: The thread has ended.
+        """
+        with self._admission:
+            if self._is_closed:
+                raise UnavailableError("The engine has stopped.")
             self._addresses[sequence] = address
-            self._core.add(sequence)
-
-        self._inbox.put(command)
+            self._inbox.put(lambda: self._core.add(sequence))
 
     def abort(self, sequence: Sequence, reason: str) -> None:
         """End a sequence early and free its pages; one that has ended is left alone."""
@@ -99,24 +108,33 @@ class EngineLoop:
         self._inbox.put(command)
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
-            self._take_commands()
-            self.heartbeat = time.monotonic()
-            if self._core.has_work:
-                self._deliver(self._step())
-        failure = GenerationError("The server was stopped before the generation ended.")
-        self._deliver(self._core.fail_all(failure, "shutdown"))
+        try:
+            while not self._stopping.is_set():
+                self._take_commands()
+                self.heartbeat = time.monotonic()
+                if self._core.has_work:
+                    self._deliver(self._step())
+        finally:
+            self._close()
 
     def _take_commands(self) -> None:
-        self.is_idle = not self._core.has_work
+        is_idle = not self._core.has_work
         try:
-            command = self._inbox.get(timeout=_IDLE_WAIT_S if self.is_idle else 0)
-            self.is_idle = False
+            command = self._inbox.get(timeout=_IDLE_WAIT_S if is_idle else 0)
             while True:
                 command()
                 command = self._inbox.get_nowait()
         except queue.Empty:
             return
+
+    def _close(self) -> None:
+        """Nobody may wait for an engine that has ended."""
+        with self._admission:
+            self._is_closed = True
+        failure = GenerationError("The server was stopped before the generation ended.")
+        updates = self._core.fail_all(failure, "shutdown")
+        unheard = dict.fromkeys(list(self._addresses), Update(error=failure))
+        self._deliver(unheard | updates)
 
     def _step(self) -> dict[Sequence, Update]:
         try:
@@ -144,7 +162,7 @@ class EngineLoop:
                     self._forget(address)
 
     def _forget(self, address: Address) -> None:
-        for sequence in [s for s, a in self._addresses.items() if a is address]:
+        for sequence in [s for s, a in list(self._addresses.items()) if a is address]:
             del self._addresses[sequence]
             self._core.abort(sequence, "client")
 
@@ -152,9 +170,3 @@ class EngineLoop:
 def _put_all(items: list[tuple[Address, Update]]) -> None:
     for address, update in items:
         address.outbox.put(address.index, update)
-
-
-def raise_if_failed(error: ServiceError | None) -> None:
-    """Raise the error an update carries, if it carries one."""
-    if error is not None:
-        raise error

@@ -43,6 +43,7 @@ class Tokenizer:
     Attributes:
         eos_token_ids: Tokens that end a sequence.
         vocab_size: One more than the largest token id the tokenizer knows.
+        max_chars_of_token: Characters of the longest token.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_token_ids: Iterable[int] = ()) -> None:
@@ -54,6 +55,10 @@ class Tokenizer:
         ids = set(backend.get_vocab(with_added_tokens=True).values())
         self.eos_token_ids = frozenset(eos_token_ids)
         self.vocab_size = 1 + max(ids, default=-1)
+        # No token spells more characters than its name has: a bound on what a prompt can be.
+        self.max_chars_of_token = max(
+            map(len, backend.get_vocab(with_added_tokens=True)), default=1
+        )
         self._added_ids = frozenset(added)
         self._text_ids = frozenset(ids - {i for i, token in added.items() if token.special})
         self._bytes: dict[int, bytes] = {}
@@ -139,7 +144,7 @@ class Tokenizer:
             opens_text = False
 
     def tail_bytes(self, prompt_ids: Sequence[int]) -> bytes | None:
-        """Last bytes of a prompt, enough to hold an unfinished character; None if it has no text."""
+        """Last bytes of a prompt, at least a character of them; None if it has no text."""
         tail = list(islice(filter(self.has_text, reversed(prompt_ids)), NUM_TAIL_TOKENS))
         return b"".join(map(self.token_bytes, reversed(tail))) if tail else None
 
@@ -184,7 +189,7 @@ class Tokenizer:
         whole, ours = self._backend.decode(token_ids), self.decode(token_ids)
         if whole != ours:
             raise ModelNotSupportedError(
-                "The tokenizer's decoder looks at more than one token at a time, so its text cannot "
+                "The tokenizer's decoder looks at several tokens at once, so its text cannot "
                 f"be streamed: it reads {whole!r} where its tokens one by one read {ours!r}"
             )
 

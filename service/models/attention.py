@@ -115,8 +115,13 @@ class PagedAttention:
 
         Args:
             layer: Index of the attention call in execution order.
-            query: [T, Hq, D], keys: [T, Hkv, D], values: [T, Hkv, Dv], after RoPE.
+            query: [T, Hq, D], after RoPE.
+            keys: [T, Hkv, D], after RoPE.
+            values: [T, Hkv, Dv].
             sinks: [Hq] learned logits, if the layer has them.
+
+        Returns:
+            [T, Hq, Dv].
         """
         batch = self._batch
         if batch is None:
@@ -209,16 +214,14 @@ def _attention_function(
 ) -> tuple[torch.Tensor, None]:
     """Bridge from the attention interface: heads come before tokens, and go back after them.
 
-    Args:
-        module: The calling attention module, bound by ``bind``.
-        query: [1, Hq, T, D]; key and value are [1, Hkv, T, D].
-        attention_mask: Always None, as no mask function is registered under our name.
+    The module was bound by ``bind``; query is [1, Hq, T, D], key and value [1, Hkv, T, D]; no mask
+    comes, as no mask function is registered under our name. Returns [1, T, Hq, Dv].
     """
     if attention_mask is not None:
         raise RuntimeError(f"a mask reached {type(module).__name__}; its batch would be wrong")
     bound: BoundLayer = module.sparseserve_layer  # type: ignore[assignment]
-    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    output = bound.attention.forward(bound.index, *rows, sinks=kwargs.get("s_aux"))
+    rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output = bound.attention.forward(bound.index, rows, keys, values, kwargs.get("s_aux"))
     return output.unsqueeze(0), None
 
 

@@ -33,6 +33,7 @@ _UNDERSTOOD = {  # kwargs of an attention call that geometry covers, or that cha
     "position_embeddings", "cache_position", "attention_mask", "past_key_values", "use_cache",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
 }  # fmt: skip
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 _CHANGES_SCORES = {"position_bias", "indices", "block_indices", "sinks"}
 
 
@@ -42,7 +43,7 @@ class DiscoveredLayer:
 
     Attributes:
         index: Place in the order of execution; not always the model's own ``layer_idx``.
-        module: The module that calls the attention function; None of a layer found on meta.
+        module: The module that calls the attention function.
         notes: What an operator may want to know, one sentence each.
     """
 
@@ -62,9 +63,13 @@ def discover_on_meta(config: PreTrainedConfig) -> list[DiscoveredLayer] | None:
     config = copy.deepcopy(config)  # building a model mutates its config
     try:
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=torch.bfloat16,  # the one type for which grouped experts run on meta
+                trust_remote_code=False,
+            )
         return _discover(model.eval())
-    except (RuntimeError, ValueError):  # "meta tensors have no data", in its many wordings
+    except _FAILURES:  # "meta tensors have no data", in its many wordings
         return None
 
 
@@ -76,7 +81,7 @@ def discover(model: PreTrainedModel) -> list[DiscoveredLayer]:
     """
     try:
         return _discover(model)
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except _FAILURES as error:
         raise ModelNotSupportedError(
             f"{type(model).__name__} fails without its own mask and cache:"
             f" {type(error).__name__}: {error}"
@@ -100,7 +105,7 @@ def _discover(model: PreTrainedModel) -> list[DiscoveredLayer]:
 
 
 def _dry_run(model: PreTrainedModel, implementation: str) -> list[AttentionCall]:
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     with quiet(), torch.no_grad(), using_attention(model, implementation), _recording(model) as run:
         model(
             input_ids=torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device=device),
@@ -201,7 +206,7 @@ def _layer(index: int, call: AttentionCall, module_name: str) -> DiscoveredLayer
         notes.append("The mask could not be probed; the window is what the model passes.")
     window = mask.size if mask.kind == "window" else 0
     if window != passed_window and call.mask is not None:
-        notes.append(f"The mask has a window of {window} tokens, the argument says {passed_window}.")
+        notes.append(f"The mask has a window of {window} tokens, the argument {passed_window}.")
     scaling = kwargs.get("scaling")
     geometry = LayerGeometry(
         num_heads=call.query_shape[1],

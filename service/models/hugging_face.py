@@ -50,7 +50,11 @@ class _Bar:
     """Stands in for a tqdm bar."""
 
     def __init__(
-        self, items: Any, total: int | None, stage: str, progress: Progress | None  # noqa: ANN401
+        self,
+        items: Any,  # noqa: ANN401 - whatever transformers iterates over
+        total: int | None,
+        stage: str,
+        progress: Progress | None,
     ) -> None:
         self._items = items if items is not None else ()
         self._total = total if total is not None else _length(self._items)

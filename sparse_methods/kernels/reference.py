@@ -23,6 +23,8 @@ from sparse_methods.kernels.operation import (
     visible_blocks,
 )
 
+# The operator behind scaled_dot_product_attention on a CPU; the public name hides the log-sum-exp.
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
 _STRIPE_KEYS = 1024  # keys of one explicit stripe: scores of a tile then stay in the cache
 
 
@@ -134,8 +136,8 @@ class _Reference:
         group = self.geometry.group_size
         keys = keys.repeat_interleave(group, 0)[None]
         values = values.repeat_interleave(group, 0)[None]
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.flatten(0, 1)[None], keys, values, 0.0, True, scale=self.geometry.scale
+        output, lse = _cpu_flash(
+            query.flatten(0, 1)[None], keys, values, is_causal=True, scale=self.geometry.scale
         )
         return output[0].unflatten(0, (-1, group)), lse[0].unflatten(0, (-1, group))
 
@@ -322,10 +324,23 @@ def _flash(
 
     The heads of a group are folded into the rows, so that no key is repeated.
     """
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.flatten(1, 2)[None], keys[None], values[None], 0.0, False, scale=scale
+    output, lse = _cpu_flash(
+        query.flatten(1, 2)[None], keys[None], values[None], is_causal=False, scale=scale
     )
     return output[0].view(*query.shape[:3], -1), lse[0].view(query.shape[:3])
+
+
+def _cpu_flash(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of [1, h, n, D] queries over [1, h, m, D] keys."""
+    output, lse = _FLASH(query, keys, values, 0.0, is_causal, scale=scale)
+    return output, lse
 
 
 def _merge(

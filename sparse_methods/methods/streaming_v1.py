@@ -18,7 +18,6 @@ from sparse_methods.method import (
     BlockSelection,
     DecodeView,
     PageSelection,
-    Phase,
     PrefillView,
     SparseAttentionMethod,
 )
@@ -122,6 +121,8 @@ class Streaming(SparseAttentionMethod):
         """[N, num_blocks] bool: the same rule as a table."""
         indices, counts = self._keep(own_blocks)
         is_used = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
-        table = torch.zeros(len(own_blocks), num_blocks + 1, dtype=torch.bool, device=indices.device)
+        table = torch.zeros(
+            len(own_blocks), num_blocks + 1, dtype=torch.bool, device=indices.device
+        )
         spare = torch.full_like(indices, num_blocks)  # a column for entries that are not in use
         return table.scatter_(1, torch.where(is_used, indices, spare).long(), True)[:, :-1]  # noqa: FBT003 - torch's own signature

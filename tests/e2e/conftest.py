@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -44,11 +45,11 @@ class Server:
             if self.process.poll() is not None:
                 break
             time.sleep(0.1)
-        self.process.kill()
-        raise AssertionError(f"the server did not become ready:\n{self.process.stdout.read()}")
+        raise AssertionError(f"the server did not become ready:\n{self.stop()}")
 
     def generate(self, prompt, **fields):
-        query = {k: fields.pop(k) for k in ("method", "version") if k in fields}
+        query: dict[str, Any] = {}
+        query |= {k: fields.pop(k) for k in ("method", "version") if k in fields}
         answer = self.client.post(
             "/generate", params=query, json={"prompt": prompt, "temperature": 0, **fields}
         )

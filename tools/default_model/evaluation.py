@@ -7,13 +7,19 @@ the same code.
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from tools.default_model.corpus import Corpus, Tokens
 from tools.default_model.recipe import BOS_ID, EOS_ID, PAD_ID
@@ -22,6 +28,7 @@ from tools.default_model.tasks import TaskWriter, Trial
 
 logger = logging.getLogger(__name__)
 
+Densities = dict[str, dict[str, float]]
 MakeTrial = Callable[[np.random.Generator, Tokens], Trial]
 THRESHOLDS = (1e-4, 1e-3, 0.005, 0.02, 0.05, 0.1, 0.3, 0.5)
 PROMPTS = (
@@ -94,8 +101,23 @@ class Examiner:
         return bool(choices == trial.ids[-length:].tolist())
 
 
+@dataclass(frozen=True)
+class AttentionReport:
+    """Where the attention mass lies, and which part of the causal tiles each rule computes.
+
+    Attributes:
+        mass_on_position_0: mean over heads and rows past the first tile, by layer.
+        density: by visiting order and threshold, the mean of `density_by_layer`.
+    """
+
+    tokens: int
+    mass_on_position_0: list[float]
+    density: Densities
+    density_by_layer: list[Densities]
+
+
 @torch.no_grad()
-def attention_report(model: PreTrainedModel, ids: Tokens) -> dict[str, object]:
+def attention_report(model: PreTrainedModel, ids: Tokens) -> AttentionReport:
     """Return the attention mass on position 0 by layer and the densities of the threshold rules.
 
     Args:
@@ -103,7 +125,7 @@ def attention_report(model: PreTrainedModel, ids: Tokens) -> dict[str, object]:
         ids: [T], a multiple of the tile.
     """
     sinks: list[float] = []
-    found: list[dict[str, dict[str, float]]] = []
+    found: list[Densities] = []
 
     def observe(_module: object, _inputs: object, output: tuple[Tensor, Tensor]) -> None:
         # Log-probabilities differ from logits by a constant per row: the rules see no difference.
@@ -123,7 +145,7 @@ def attention_report(model: PreTrainedModel, ids: Tokens) -> dict[str, object]:
         }
         for order in found[0]
     }
-    return {"tokens": len(ids), "mass_on_position_0": sinks, "density": mean, "by_layer": found}
+    return AttentionReport(len(ids), sinks, mean, found)
 
 
 @torch.no_grad()
@@ -140,10 +162,11 @@ def samples(model: PreTrainedModel, folder: Path, num_tokens: int) -> list[dict[
                 max_new_tokens=num_tokens,
                 do_sample=temperature > 0,
                 temperature=temperature or None,
+                top_k=0,
                 pad_token_id=PAD_ID,
                 eos_token_id=EOS_ID,
             )
-            out = model.generate(row, generation_config=how)
+            out = cast("Any", model).generate(row, generation_config=how)
             text = str(tokenizer.decode(out[0, row.shape[1] :]))
             written.append({"temperature": str(temperature), "prompt": prompt, "text": text})
     return written
@@ -183,7 +206,7 @@ class Exam:
         for context in self.attention_contexts:
             rng = np.random.default_rng(11)
             ids = examiner.writer.needle(rng, examiner.corpus.tokens[: context - 1], 3).ids
-            reports.append(attention_report(model, ids))
+            reports.append(asdict(attention_report(model, ids)))
         return reports
 
 
@@ -194,4 +217,6 @@ def load_model(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention
     )
-    return model.to(device).eval()
+    nn.Module.to(model, device)
+    nn.Module.eval(model)
+    return model

@@ -28,7 +28,8 @@ def orthogonalize(update: Tensor, num_rounds: int = 5) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     x = x.mT if tall else x
-    return x.to(update.dtype)
+    orthogonal: Tensor = x.to(update.dtype)
+    return orthogonal
 
 
 class Muon(Optimizer):

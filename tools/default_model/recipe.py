@@ -41,6 +41,11 @@ class Stage:
     dropout: float = 0.0
     sharpness: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Refuse a penalty on tiles where there is no tile between the first and the diagonal."""
+        if self.sharpness and self.context < 3 * TILE:
+            raise ValueError(f"Sharpness is trained on rows of at least {3 * TILE} tokens.")
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -1,5 +1,6 @@
 """Chunks become tensors: tiles are cut at absolute positions, whatever the chunking."""
 
+import itertools
 import math
 
 import pytest
@@ -31,9 +32,7 @@ def sequence(num_prompt, num_output, method="dense", knobs=None):
 
 
 def spans(chunk):
-    return [
-        (t.position, t.num_rows, t.is_decode) for t in cut_tiles(chunk, 0, 0, BLOCK)
-    ]
+    return [(t.position, t.num_rows, t.is_decode) for t in cut_tiles(chunk, 0, 0, BLOCK)]
 
 
 def test_prompt_rows_share_tiles_and_generated_rows_stand_alone():
@@ -54,7 +53,7 @@ def test_chunks_that_end_on_blocks_cut_the_same_tiles_as_one_chunk(num_prompt, n
     inside = sorted(c * BLOCK for c in cuts if c * BLOCK < num_prompt)
     edges = [0, *inside, one.num_tokens]
     parts = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         parts += spans(Chunk(one, start, stop - start))
     assert parts == whole
 
@@ -104,5 +103,6 @@ def test_the_threshold_of_a_prefill_tile_does_not_depend_on_the_chunk():
     thresholds = build_batch(
         [Chunk(one, 0, 41), Chunk(sequence(3, 0), 0, 3)], BLOCK, torch.device("cpu")
     ).attention.log_thresholds
+    assert thresholds is not None
     expected = [math.log(0.5)] * 3 + [math.log(0.25), -math.inf]
     assert thresholds.tolist() == pytest.approx(expected)

@@ -1,0 +1,102 @@
+"""Reading a request body: bounded, strict, and refused in the one shape of errors.
+
+FastAPI's own body handling reads everything first and coerces; this one stops at the limit, takes
+no NaN, and names the field at fault.
+"""
+
+import difflib
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from service.api.errors import BodyTooLargeError
+from service.errors import BadRequestError
+
+Body = TypeVar("Body", bound=BaseModel)
+_MAX_NAME_CHARACTERS = 64  # of a client's spelling repeated in an error
+
+
+def parsed_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
+    """Dependency that reads the request body as ``model``."""
+
+    async def parse(request: Request) -> Body:
+        limit = request.app.state.settings.max_body_bytes
+        return validate_body(model, await read_json_object(request, limit))
+
+    return parse
+
+
+def documented_body(model: type[BaseModel]) -> dict[str, Any]:
+    """The ``openapi_extra`` of a route whose body ``parsed_body`` reads."""
+    schema = model.model_json_schema()
+    schema = _inline(schema, schema.pop("$defs", {}))
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+async def read_json_object(request: Request, limit_bytes: int) -> dict[str, Any]:
+    """Read a JSON object, giving up as soon as the body exceeds the limit."""
+    _check_content_type(request.headers.get("content-type", ""))
+    too_large = BodyTooLargeError(f"The body is larger than the {limit_bytes} bytes allowed.")
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared[:20]) > limit_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():  # a chunked body declares no length
+        body += chunk
+        if len(body) > limit_bytes:
+            raise too_large
+    return _parse_object(bytes(body))
+
+
+def validate_body(model: type[Body], content: dict[str, Any]) -> Body:
+    """Validate a JSON object; the first field at fault is named."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise _bad_field(model, error) from None
+
+
+def _check_content_type(content_type: str) -> None:
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        given = repr(media_type[:_MAX_NAME_CHARACTERS]) if media_type else "none"
+        raise BadRequestError(f"The content type must be 'application/json', not {given}.")
+
+
+def _parse_object(body: bytes) -> dict[str, Any]:
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        position = f"line {error.lineno} column {error.colno}"
+        raise BadRequestError(f"The body is not valid JSON ({position}): {error.msg}.") from None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise BadRequestError(f"The body must be a JSON object, not a value of type {kind}.")
+    return content
+
+
+def _bad_field(model: type[BaseModel], error: ValidationError) -> BadRequestError:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    path = ".".join(str(part) for part in first["loc"])[:_MAX_NAME_CHARACTERS]
+    name = str(first["loc"][0])[:_MAX_NAME_CHARACTERS] if first["loc"] else None
+    if first["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(path, list(model.model_fields), n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        known = ", ".join(model.model_fields)
+        return BadRequestError(f"Unknown field {path!r}.{hint} Known fields: {known}.", name)
+    return BadRequestError(f"Invalid field {path!r}: {first['msg']}.", name)
+
+
+def _inline(schema: Any, definitions: dict[str, Any]) -> Any:  # noqa: ANN401 - any JSON
+    """Replace references to ``$defs``, which have no place inside of an OpenAPI document."""
+    if isinstance(schema, list):
+        return [_inline(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inline(value, definitions) for key, value in schema.items()}

@@ -1,0 +1,342 @@
+"""The engine on a tiny model: what batching, chunking, preemption and faults must not change."""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from service.engine.engine import Engine, GenerationRequest
+from service.engine.events import NoEvents
+from service.engine.sequence import FinishReason, SamplingParams
+from service.errors import (
+    BadRequestError,
+    GenerationError,
+    PromptTooLongError,
+    QueueFullError,
+    UnavailableError,
+)
+from service.settings import Settings
+from sparse_methods import Phase, UnsupportedError, get_sparse_method
+
+SKIP = {"threshold": {"prefill": 0.3, "decode": 0.3}}
+METHODS = [
+    ("dense", {}),
+    ("streaming", {"window_blocks": 1}),
+    ("flash_skip_softmax", SKIP),
+]
+
+
+class Counting(NoEvents):
+    def __init__(self):
+        self.num_preempted = 0
+        self.num_errors = 0
+        self.abort_reasons = []
+
+    def preempted(self):
+        self.num_preempted += 1
+
+    def engine_error(self):
+        self.num_errors += 1
+
+    def aborted(self, reason):
+        self.abort_reasons.append(reason)
+
+
+@contextlib.contextmanager
+def running(directory, **settings):
+    settings = {"device": "cpu", "method": "dense", "max_running_requests": 8, **settings}
+    engine = Engine.load(Settings(model=directory, **settings), Counting())
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model_dir):
+    with running(tiny_model_dir) as one:
+        yield one
+
+
+def prompt_of(length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(8, 4096, (length,), generator=generator).tolist()
+
+
+def request(prompt_ids, method="dense", knobs=None, *, n=1, **sampling):
+    sampling = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **sampling}
+    return GenerationRequest(
+        request_id="r",
+        method=get_sparse_method(method)(knobs),
+        sampling=SamplingParams(**sampling),
+        prompt_ids=prompt_ids,
+        n=n,
+    )
+
+
+async def collect(engine, one):
+    tokens, text, finishes = {}, {}, {}
+    async with await engine.submit(one) as generation:
+        async for index, update in generation:
+            tokens.setdefault(index, []).extend(update.token_ids)
+            text[index] = text.get(index, "") + update.text
+            if update.finish is not None:
+                finishes[index] = update.finish
+    return tokens, text, finishes
+
+
+def run(engine, *requests):
+    async def gather():
+        return await asyncio.gather(*(collect(engine, one) for one in requests))
+
+    return asyncio.run(gather())
+
+
+def wait_until(condition, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def mixed_requests():
+    lengths = [1, 15, 130, 300, 17, 257, 128, 600, 40]
+    return [
+        request(prompt_of(length, seed=i), *METHODS[i % 3], max_tokens=6 + 3 * i)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def test_a_mixed_batch_gives_each_request_the_tokens_it_gets_alone(engine):
+    requests = mixed_requests()
+    alone = [run(engine, one)[0] for one in requests]
+    together = run(engine, *requests)
+    for (tokens, text, finish), (same_tokens, same_text, same_finish) in zip(
+        alone, together, strict=True
+    ):
+        assert tokens == same_tokens
+        assert text == same_text
+        assert finish[0].statistics == same_finish[0].statistics
+    wait_until(lambda: engine.status().num_pages_used == 0)
+
+
+@pytest.mark.parametrize(("method", "knobs"), METHODS)
+def test_statistics_are_the_same_whatever_the_chunking(tiny_model_dir, method, knobs):
+    requests = [
+        request(prompt_of(length, seed=length), method, knobs)
+        for length in (1, 127, 128, 129, 1000)
+    ]
+    results = []
+    for max_step_tokens in (256, 384, 2048):
+        with running(tiny_model_dir, max_step_tokens=max_step_tokens) as one:
+            results.append(run(one, *requests))
+    for others in results[1:]:
+        for (tokens, _, finish), (same_tokens, _, same_finish) in zip(
+            results[0], others, strict=True
+        ):
+            assert tokens == same_tokens
+            assert finish[0].statistics == same_finish[0].statistics
+    for (_, _, finish), one in zip(results[0], requests, strict=True):
+        check_totals(finish[0].statistics, len(one.prompt_ids), one.sampling.max_tokens)
+    long = results[0][-1][2][0].statistics.overall
+    if method == "dense":
+        assert long.density == 1.0
+    else:
+        assert 0 < long.density < 1
+    if method == "flash_skip_softmax":
+        assert 0 < long.blocks_skipped < long.blocks_total
+
+
+def check_totals(statistics, num_prompt, num_generated, block=128, heads=4, layers=2):
+    """Totals, counted by hand: block pairs that causality leaves visible."""
+    tiles = -(-num_prompt // block)
+    prefill = statistics.phase(Phase.PREFILL)
+    assert prefill.blocks_total == layers * heads * tiles * (tiles + 1) // 2
+    # The last token is chosen but never attended from.
+    lengths = range(num_prompt + 1, num_prompt + num_generated)
+    decode = statistics.phase(Phase.DECODE)
+    assert decode.blocks_total == layers * heads * sum(-(-n // block) for n in lengths)
+    key_bytes = 2 * 16 * 2 * 4  # KV heads, head dim, keys and values, bytes
+    assert decode.kv_bytes_dense == layers * key_bytes * sum(lengths)
+    assert 0 <= decode.kv_bytes_read <= decode.kv_bytes_dense
+
+
+def test_preemption_changes_neither_tokens_nor_statistics(tiny_model_dir):
+    requests = [request(prompt_of(200, seed=i), *METHODS[i % 3], max_tokens=120) for i in range(6)]
+    with running(tiny_model_dir) as roomy:
+        expected = run(roomy, *requests)
+        assert roomy.events.num_preempted == 0
+    page_bytes = 128 * 2 * 2 * 2 * 16 * 4
+    with running(tiny_model_dir, kv_cache_bytes=8 * page_bytes, max_context_tokens=512) as tight:
+        results = run(tight, *requests)
+        assert tight.events.num_preempted > 0
+        wait_until(lambda: tight.status().num_pages_used == 0)
+    for (tokens, _, finish), (same_tokens, _, same_finish) in zip(expected, results, strict=True):
+        assert tokens == same_tokens
+        assert finish[0].statistics == same_finish[0].statistics
+
+
+def test_choices_of_one_request_differ_and_a_seed_reproduces_them(engine):
+    one = request(prompt_of(20), n=3, temperature=2.0, seed=11, max_tokens=12)
+    first, again = run(engine, one)[0], run(engine, one)[0]
+    assert first[0] == again[0]
+    assert len({tuple(tokens) for tokens in first[0].values()}) == 3
+
+
+def test_a_generation_ends_by_length_stop_token_or_stop_string(engine):
+    tokens, text, finish = run(engine, request(prompt_of(20), max_tokens=10))[0]
+    assert (finish[0].reason, len(tokens[0])) == (FinishReason.LENGTH, 10)
+    third = tokens[0][2]
+    cut = tokens[0].index(third) + 1
+    stopped = run(engine, request(prompt_of(20), max_tokens=10, stop_token_ids=(third,)))[0]
+    assert stopped[0][0] == tokens[0][:cut]
+    assert (stopped[2][0].reason, stopped[2][0].stop_reason) == (FinishReason.STOP, third)
+    word = text[0][3:6]
+    by_text = run(engine, request(prompt_of(20), max_tokens=10, stop=(word,)))[0]
+    assert by_text[1][0] == text[0][: text[0].index(word)]
+    assert by_text[2][0].stop_reason == word
+
+
+def test_the_answer_is_cut_where_the_context_ends(tiny_model_dir):
+    with running(tiny_model_dir, max_context_tokens=64) as small:
+        _, _, finish = run(small, request(prompt_of(60), max_tokens=50))[0]
+        assert finish[0].num_generated_tokens == 4
+        assert finish[0].reason is FinishReason.LENGTH
+        with pytest.raises(PromptTooLongError, match=r"64.*"):
+            run(small, request(prompt_of(64)))
+
+
+@pytest.mark.parametrize("prompt", [[], [-1], [5, 4096]])
+def test_a_prompt_of_no_or_unknown_tokens_is_refused(engine, prompt):
+    with pytest.raises(BadRequestError):
+        run(engine, request(prompt))
+
+
+def test_a_method_that_cannot_be_served_is_refused(engine):
+    with pytest.raises(UnsupportedError, match="128"):
+        run(engine, request(prompt_of(5), "flash_skip_softmax", {"br": 64, "bc": 64}))
+
+
+@pytest.mark.parametrize("num_prompt", [10, 3000])
+def test_leaving_a_generation_frees_its_pages_at_any_moment(engine, num_prompt):
+    async def leave(updates_to_read):
+        one = request(prompt_of(num_prompt), max_tokens=900)
+        async with await engine.submit(one) as generation:
+            async for _ in generation:
+                updates_to_read -= 1
+                if updates_to_read < 0:
+                    return
+
+    before = len(engine.events.abort_reasons)
+    asyncio.run(leave(3))
+
+    async def leave_at_once():
+        async with await engine.submit(request(prompt_of(num_prompt))):
+            pass
+
+    asyncio.run(leave_at_once())
+    wait_until(lambda: len(engine.events.abort_reasons) == before + 2)
+    wait_until(lambda: engine.status().num_pages_used == 0)
+    assert engine.status().num_running == 0
+
+
+def test_a_failing_step_fails_its_requests_only_and_the_engine_lives_on(engine, monkeypatch):
+    original = engine.core._runner.run
+
+    def fail_once(chunks):
+        monkeypatch.setattr(engine.core._runner, "run", original)
+        raise RuntimeError("out of luck")
+
+    before = engine.events.num_errors
+    monkeypatch.setattr(engine.core._runner, "run", fail_once)
+    with pytest.raises(GenerationError):
+        run(engine, request(prompt_of(20)))
+    assert engine.events.num_errors == before + 1
+    assert len(run(engine, request(prompt_of(20)))[0][0][0]) == 8
+    wait_until(lambda: engine.status().num_pages_used == 0)
+
+
+def test_logits_that_are_not_numbers_fail_their_own_request_only(engine, monkeypatch):
+    original = engine.core._runner.run
+
+    def poison(chunks):
+        logits, completed = original(chunks)
+        logits = logits.clone()
+        for row, sequence in enumerate(completed):
+            if sequence.prompt_ids[0] == 99:
+                logits[row] = float("nan")
+        return logits, completed
+
+    monkeypatch.setattr(engine.core._runner, "run", poison)
+
+    async def both():
+        return await asyncio.gather(
+            collect(engine, request([99, 5, 6])),
+            collect(engine, request([98, 5, 6])),
+            return_exceptions=True,
+        )
+
+    failed, fine = asyncio.run(both())
+    assert isinstance(failed, GenerationError)
+    assert len(fine[0][0]) == 8
+
+
+def test_a_full_queue_and_a_draining_engine_refuse(tiny_model_dir):
+    limits = {"max_running_requests": 1, "max_waiting_requests": 1}
+    with running(tiny_model_dir, **limits) as small:
+
+        async def flood():
+            one = request(prompt_of(10), max_tokens=300)
+            async with await small.submit(one), await small.submit(one):
+                with pytest.raises(QueueFullError):
+                    await small.submit(one)
+
+        asyncio.run(flood())
+        wait_until(lambda: small.status().num_running == 0)
+        small.drain()
+        with pytest.raises(UnavailableError, match="draining"):
+            run(small, request(prompt_of(5)))
+        assert asyncio.run(small.wait_idle(5.0))
+
+
+def test_the_status_tells_of_a_stalled_and_of_a_dead_engine(tiny_model_dir, monkeypatch):
+    with running(tiny_model_dir, stall_timeout_s=0.05) as one:
+
+        def hang():
+            time.sleep(0.5)
+            return {}
+
+        monkeypatch.setattr(one.core, "step", hang)
+        monkeypatch.setattr(type(one.core), "has_work", property(lambda _: True))
+        wait_until(lambda: one.status().is_stalled)
+        assert "no progress" in one.status().reason
+        monkeypatch.undo()
+        one.stop()
+        assert not one.status().is_alive
+        assert one.status().reason
+
+
+def test_stopping_the_engine_ends_running_generations_with_an_error(tiny_model_dir):
+    with running(tiny_model_dir) as one:
+
+        async def stop_meanwhile():
+            async with await one.submit(request(prompt_of(5), max_tokens=2000)) as generation:
+                async for _ in generation:
+                    await asyncio.to_thread(one.stop)
+
+        with pytest.raises(GenerationError, match="stopped"):
+            asyncio.run(stop_meanwhile())
+        assert one.events.abort_reasons == ["shutdown"]
+
+
+def test_settings_of_one_request_do_not_leak_into_another(engine):
+    greedy = request(prompt_of(30))
+    wild = dataclasses.replace(
+        greedy, sampling=dataclasses.replace(greedy.sampling, temperature=2.0, top_k=50)
+    )
+    alone = run(engine, greedy)[0][0]
+    assert run(engine, wild, greedy, wild)[1][0] == alone
