@@ -16,7 +16,8 @@ import transformers
 import typer
 
 from benchmarks.report import save
-from service.engine.engine import Engine, build_sequence
+from service.engine.engine import Engine
+from service.engine.generation import build_sequence
 from service.engine.events import NoEvents
 from service.engine.sequence import SamplingParams, Sequence, Update
 from service.models.attention import NAME

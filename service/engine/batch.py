@@ -9,7 +9,7 @@ import torch
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.models.attention import AttentionBatch, TileGroup
-from sparse_methods.kernels.operation import QueryTiles, Tile
+from sparse_methods.kernels.operation import PageTable, QueryTiles, Tile
 from sparse_methods.method import Phase, SparseAttentionMethod
 from sparse_methods.statistics import PHASES
 
@@ -51,7 +51,7 @@ def build_batch(chunks: Items[Chunk], block_size: int, device: torch.device) -> 
     slots = page_table[requests, positions // block_size] * block_size + positions % block_size
     attention = AttentionBatch(
         slot_mapping=slots.to(device),
-        page_table=page_table.to(device),
+        page_table=PageTable(page_table.to(device)),
         tiles=QueryTiles(tuple(tiles), block_size, device),
         groups=_group(tiles, owners, block_size, device),
         log_thresholds=_log_thresholds(tiles, owners, device),

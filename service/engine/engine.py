@@ -2,23 +2,22 @@
 
 import asyncio
 import dataclasses
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from service.engine.core import EngineCore
 from service.engine.events import EngineEvents
+from service.engine.generation import Generation, GenerationRequest, build_sequence
 from service.engine.kv_cache import PageAllocator
 from service.engine.loop import Address, EngineLoop, Outbox
 from service.engine.model_runner import ModelRunner
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Limits, Scheduler
-from service.engine.sequence import SamplingParams, Sequence, Update
+from service.engine.sequence import Sequence
 from service.engine.sizing import num_pages
 from service.engine.stopping import OutputBuilder
 from service.engine.tokenizer import Tokenizer
@@ -32,21 +31,9 @@ from service.errors import (
 from service.models.loading import LoadedModel, load_model
 from service.models.self_test import SelfTestReport, run_self_test
 from service.settings import Settings
-from sparse_methods import SparseAttentionMethod, get_sparse_method, latest_version
+from sparse_methods import get_sparse_method, latest_version
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """A validated request: exactly one of ``prompt`` and ``prompt_ids`` is given."""
-
-    request_id: str
-    method: SparseAttentionMethod
-    sampling: SamplingParams
-    prompt: str | None = None
-    prompt_ids: list[int] | None = None
-    n: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,48 +49,6 @@ class EngineStatus:
     num_waiting: int
     num_pages_total: int
     num_pages_used: int
-
-
-class Generation:
-    """The running choices of one request; leaving the context aborts what still runs.
-
-    Attributes:
-        prompt_ids: The encoded prompt.
-    """
-
-    def __init__(self, loop: EngineLoop, sequences: list[Sequence], outbox: Outbox) -> None:
-        self._loop = loop
-        self._sequences = sequences
-        self._outbox = outbox
-        self._unfinished = set(range(len(sequences)))
-        self.prompt_ids = sequences[0].prompt_ids
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for index in self._unfinished:
-            self._loop.abort(self._sequences[index], "client")
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
-        """Yield (choice index, update) until every choice has ended.
-
-        Raises:
-            ServiceError: The engine failed one of the choices.
-        """
-        async for index, update in self._outbox:
-            if update.finish is not None or update.error is not None:
-                self._unfinished.discard(index)
-            if update.error is not None:
-                raise update.error
-            yield index, update
-            if not self._unfinished:
-                return
 
 
 class Engine:
@@ -305,16 +250,3 @@ class Engine:
         sampling = dataclasses.replace(request.sampling, max_tokens=max_tokens)
         request_id = f"{request.request_id}-{index}" if request.n > 1 else request.request_id
         return build_sequence(request_id, prompt_ids, request.method, sampling, index)
-
-
-def build_sequence(
-    request_id: str,
-    prompt_ids: list[int],
-    method: SparseAttentionMethod,
-    sampling: SamplingParams,
-    index: int,
-) -> Sequence:
-    """Make a sequence with its own random stream: choice ``index`` of a seeded request."""
-    seed = secrets.randbits(62) if sampling.seed is None else sampling.seed + index
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    return Sequence(request_id, prompt_ids, method, sampling, generator)

@@ -41,9 +41,9 @@ class _History:
         output_counts: [V] float32.
     """
 
-    def __init__(self, prompt_ids: list[int], vocab_size: int, device: torch.device) -> None:
-        self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self.output_counts = torch.zeros(vocab_size, device=device)
+    def __init__(self, prompt_ids: list[int], num_ids: int, device: torch.device) -> None:
+        self.in_prompt = torch.zeros(num_ids, dtype=torch.bool, device=device)
+        self.output_counts = torch.zeros(num_ids, device=device)
         self._num_counted = 0
         self.in_prompt[self._known(prompt_ids)] = True
 
@@ -78,7 +78,8 @@ class Sampler:
         """Choose the next tokens; sequences with a temperature advance their generators.
 
         Args:
-            logits: [S, V] of any float type; columns beyond the vocabulary are padding.
+            logits: [S, V] of any float type, left untouched; columns beyond the vocabulary are
+                padding and never chosen.
             sequences: The sequence of each row.
         """
         raw = logits[:, : self._vocab_size].float()
@@ -101,7 +102,7 @@ class Sampler:
         if not penalised:
             return logits
         chosen = [sequences[i] for i in penalised]
-        histories = [self._history(seq) for seq in chosen]
+        histories = [self._history(seq, logits.shape[1]) for seq in chosen]
         counts = torch.stack([history.output_counts for history in histories])  # [R, V]
         is_new = counts == 0
         is_absent = is_new & ~torch.stack([history.in_prompt for history in histories])
@@ -116,10 +117,10 @@ class Sampler:
         values -= self._column(chosen, "presence_penalty") * ~is_new
         return logits.index_put((rows,), values)
 
-    def _history(self, seq: Sequence) -> _History:
+    def _history(self, seq: Sequence, num_ids: int) -> _History:
         history = self._histories.get(seq)
         if history is None:
-            history = _History(seq.prompt_ids, self._vocab_size, self._device)
+            history = _History(seq.prompt_ids, num_ids, self._device)
             self._histories[seq] = history
         history.update(seq.output_ids)
         return history
@@ -131,7 +132,7 @@ class Sampler:
             for row, seq in enumerate(sequences)
             if len(seq.output_ids) < seq.sampling.min_tokens
             for token_id in self._stop_token_ids(seq.sampling)
-            if 0 <= token_id < self._vocab_size
+            if 0 <= token_id < logits.shape[1]
         ]
         if not masked:
             return logits

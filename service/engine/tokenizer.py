@@ -52,13 +52,12 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         added = backend.get_added_tokens_decoder()
-        ids = set(backend.get_vocab(with_added_tokens=True).values())
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        ids = set(vocabulary.values())
         self.eos_token_ids = frozenset(eos_token_ids)
         self.vocab_size = 1 + max(ids, default=-1)
         # No token spells more characters than its name has: a bound on what a prompt can be.
-        self.max_chars_of_token = max(
-            map(len, backend.get_vocab(with_added_tokens=True)), default=1
-        )
+        self.max_chars_of_token = max(map(len, vocabulary), default=1)
         self._added_ids = frozenset(added)
         self._text_ids = frozenset(ids - {i for i, token in added.items() if token.special})
         self._bytes: dict[int, bytes] = {}

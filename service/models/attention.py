@@ -19,6 +19,7 @@ from sparse_methods.kernels.operation import (
     AttentionInputs,
     BlockLists,
     LayerGeometry,
+    PageTable,
     QueryTiles,
 )
 from sparse_methods.method import DecodeView, PrefillView, SparseAttentionMethod
@@ -55,14 +56,14 @@ class AttentionBatch:
 
     Attributes:
         slot_mapping: [T] int64, flat slot of each packed row's key and value.
-        page_table: [R, max_pages] int64, physical page of each logical page.
+        page_table: Pages of the R requests.
         groups: Tiles of methods that select; all other tiles read every visible block.
         log_thresholds: [N] float32, see ``AttentionInputs``.
         counter_rows: [N] int64, row of the statistics each tile adds to: slot * 2 + phase.
     """
 
     slot_mapping: torch.Tensor
-    page_table: torch.Tensor
+    page_table: PageTable
     tiles: QueryTiles
     groups: Sequence[TileGroup]
     log_thresholds: torch.Tensor | None

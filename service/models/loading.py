@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -23,7 +24,16 @@ from service.models.rope import pin_rope, rope_parameters, rope_types
 BUILT_IN_NAME = "sparseserve-default"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-_LOAD_FAILURES = (OSError, ValueError, RuntimeError, LookupError, ImportError, SafetensorError)
+_LOAD_FAILURES = (
+    OSError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -72,9 +72,11 @@ def run_self_test(
 
 
 def _prompts(loaded: LoadedModel, max_tokens: int) -> list[list[int]]:
-    """Random tokens; the longest prompt exceeds the smallest window or chunk if it may."""
-    longest = max(_LENGTHS[-1], _smallest_limit(loaded.layers) + _LENGTHS[0])
+    """Random tokens; the longest prompt exceeds the smallest window or chunk if it can."""
     cap = min(max_tokens, loaded.max_context_tokens)
+    longest = max(_LENGTHS[-1], _smallest_limit(loaded.layers) + _LENGTHS[0])
+    if longest > cap:
+        longest = _LENGTHS[-1]  # the window stays out of reach: no use in coming close to it
     generator = torch.Generator().manual_seed(_SEED)
     vocab_size = int(loaded.model.config.get_text_config().vocab_size)
     return [

@@ -100,6 +100,35 @@ class QueryTiles:
 
 
 @dataclass(frozen=True)
+class PageTable:
+    """Where the pages of each request lie.
+
+    Attributes:
+        pages: [R, max_pages] int64, physical page of each logical page; unused entries are 0.
+    """
+
+    pages: torch.Tensor
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """The table on the host."""
+        rows: list[list[int]] = self.pages.tolist()
+        return rows
+
+    @cached_property
+    def leading_runs(self) -> list[int]:
+        """Of each request, how many of its first pages lie side by side."""
+        return [num_side_by_side(row) for row in self.rows]
+
+
+def num_side_by_side(pages: list[int]) -> int:
+    """Length of the longest prefix of ``pages`` that ascends by one."""
+    first = pages[0]
+    offsets = enumerate(pages)
+    return next((count for count, page in offsets if page != first + count), len(pages))
+
+
+@dataclass(frozen=True)
 class BlockLists:
     """Optional lists of logical blocks per tile and KV head.
 
@@ -120,7 +149,7 @@ class AttentionInputs:
         query: [T, Hq, D] packed rows, after RoPE.
         keys: [P, block_size, Hkv, D] pages of the cache, this step's rows already written.
         values: [P, block_size, Hkv, Dv].
-        page_table: [R, max_pages] int32, physical page of each logical page of each request.
+        page_table: Pages of the R requests.
         lists: None reads every visible block of every tile.
         log_thresholds: [N] float32, natural log of lambda, -inf is off; None is off everywhere.
         sinks: [Hq] learned logits, if the geometry has them.
@@ -129,7 +158,7 @@ class AttentionInputs:
     query: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
-    page_table: torch.Tensor
+    page_table: PageTable
     tiles: QueryTiles
     geometry: LayerGeometry
     lists: BlockLists | None = None

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from sparse_methods.kernels.operation import (
     AttentionInputs,
@@ -20,6 +21,7 @@ from sparse_methods.kernels.operation import (
     Tile,
     count_selected,
     listed_and_visible,
+    num_side_by_side,
     visible_blocks,
 )
 
@@ -55,7 +57,8 @@ class _Reference:
         self.log_thresholds = (
             None if inputs.log_thresholds is None else inputs.log_thresholds.tolist()
         )
-        self.first_blocks = visible_blocks(inputs.tiles, inputs.geometry)[0].tolist()
+        first, last = visible_blocks(inputs.tiles, inputs.geometry)
+        self.first_blocks, self.last_blocks = first.tolist(), last.tolist()
         self.can_fuse = (
             self.geometry.is_plain
             and self.geometry.head_dim == self.geometry.value_dim
@@ -93,7 +96,10 @@ class _Reference:
         return self._is_fused(index) and self._is_fused(index - 1)
 
     def _is_fused(self, index: int) -> bool:
-        return self.can_fuse and self._log_threshold(index) == float("-inf")
+        if not self.can_fuse:
+            return False
+        # A tile's first block is never skipped, so a tile with one block knows no threshold.
+        return self._log_threshold(index) == float("-inf") or self.last_blocks[index] == 0
 
     def _log_threshold(self, index: int) -> float:
         return float("-inf") if self.log_thresholds is None else self.log_thresholds[index]
@@ -154,24 +160,27 @@ class _Reference:
             return self._no_keys(self.inputs.keys), self._no_keys(self.inputs.values)
         skip = start - logical[0] * size if listed is None else 0
         num_keys = len(logical) * size - max(0, (logical[-1] + 1) * size - stop)
-        table = self.inputs.page_table[tile.request]
-        pages = table[logical[0] : logical[-1] + 1]
-        if len(pages) != len(logical):
-            pages = table[torch.tensor(logical, device=table.device)]
-        return tuple(
-            self._gather(cache, pages)[skip:num_keys, heads].transpose(0, 1)
-            for cache in (self.inputs.keys, self.inputs.values)
-        )  # type: ignore[return-value]  # a pair by construction
+        keys, values = self._gather(tile.request, logical)
+        keys, values = keys[skip:num_keys, heads], values[skip:num_keys, heads]
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
     def _no_keys(self, cache: torch.Tensor) -> torch.Tensor:
         return cache.new_empty(1, 0, cache.shape[-1])
 
-    def _gather(self, cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """[n, Hkv, D] rows of the pages: a view if they lie side by side, else a copy."""
-        first, count = int(pages[0]), len(pages)
-        if int(pages[-1]) - first == count - 1 and bool((pages.diff() == 1).all()):
-            return cache[first : first + count].flatten(0, 1)
-        return cache[pages.long()].flatten(0, 1)
+    def _gather(self, request: int, logical: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[n, Hkv, D] keys and values of the blocks: views if their pages lie side by side."""
+        table, count = self.inputs.page_table, len(logical)
+        row = table.rows[request]
+        pages = [row[block] for block in logical]
+        is_prefix = logical[0] == 0 and logical[-1] == count - 1
+        if is_prefix and count <= table.leading_runs[request]:
+            is_run = True  # the common case, found once per step
+        else:
+            is_run = num_side_by_side(pages) == count
+        selected: slice | torch.Tensor = slice(pages[0], pages[0] + count)
+        if not is_run:
+            selected = torch.tensor(pages, device=self.inputs.keys.device)
+        return self.inputs.keys[selected].flatten(0, 1), self.inputs.values[selected].flatten(0, 1)
 
     # Explicit --------------------------------------------------------------------------------
 
@@ -219,7 +228,7 @@ class _Reference:
     ) -> None:
         """Fold one stripe of blocks into the softmax of the tile's rows."""
         query, state = rows
-        keys, values = self._stripe(tile, stripe, heads)  # [h, m * block, D]
+        keys, values = self._stripe(tile, stripe, heads)
         scores = self._scores(tile, stripe, query, keys)  # [h, G, n, m, block]
         block_maximum = scores.amax(-1)
         running = torch.maximum(block_maximum.cummax(-1).values, state.maximum[..., None])
@@ -231,7 +240,7 @@ class _Reference:
         maximum = running[..., -1]
         finite = maximum.masked_fill(maximum == float("-inf"), 0.0)  # rows that saw no key yet
         rescale = torch.exp(state.maximum - finite)
-        weights = scores.flatten(-2).sub_(finite[..., None]).exp_()
+        weights = scores.flatten(-2)[..., : values.shape[1]].sub_(finite[..., None]).exp_()
         state.denominator = state.denominator * rescale + weights.sum(-1)
         update = weights.flatten(1, 2) @ values.to(weights.dtype)
         state.output = state.output * rescale[..., None] + update.view_as(state.output)
@@ -240,16 +249,19 @@ class _Reference:
     def _stripe(
         self, tile: Tile, stripe: list[int], heads: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        table = self.inputs.page_table[tile.request]
-        pages = table[torch.tensor(stripe, device=table.device)].long()
-        num_missing = (max(stripe) + 1) * self.block_size - tile.kv_len
-        gathered = []
-        for cache in (self.inputs.keys, self.inputs.values):
-            part = cache[pages][:, :, heads]  # a copy, [m, block, h, D]
-            if num_missing > 0:  # slots nobody wrote for this request may hold anything
-                part[stripe.index(max(stripe)), self.block_size - num_missing :] = 0
-            gathered.append(part.flatten(0, 1).transpose(0, 1))
-        return gathered[0], gathered[1]
+        """[h, n, D] keys and values of the stripe; slots that nobody wrote are left out or zero."""
+        keys, values = self._gather(tile.request, stripe)
+        last = max(stripe)
+        num_missing = (last + 1) * self.block_size - tile.kv_len
+        if num_missing > 0 and stripe[-1] == last:
+            num_keys = len(keys) - num_missing
+            keys, values = keys[:num_keys], values[:num_keys]
+        elif num_missing > 0:  # in the middle of the visiting order
+            end = (stripe.index(last) + 1) * self.block_size
+            keys, values = keys.clone(), values.clone()
+            keys[end - num_missing : end] = 0
+            values[end - num_missing : end] = 0
+        return keys[:, heads].transpose(0, 1), values[:, heads].transpose(0, 1)
 
     def _scores(
         self, tile: Tile, stripe: list[int], query: torch.Tensor, keys: torch.Tensor
@@ -257,6 +269,8 @@ class _Reference:
         scores = query.flatten(1, 2) @ keys.to(query.dtype).transpose(1, 2)
         if self.geometry.softcap:
             scores = self.geometry.softcap * torch.tanh(scores / self.geometry.softcap)
+        num_missing = len(stripe) * self.block_size - keys.shape[1]
+        scores = functional.pad(scores, (0, num_missing)) if num_missing else scores
         scores = scores.view(*query.shape[:3], len(stripe), self.block_size)
         hidden = self._hidden(tile, stripe)
         return scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))
@@ -289,7 +303,7 @@ class _Reference:
     def _query(self, tile: Tile, heads: slice) -> torch.Tensor:
         """[h, G, n, D] rows of the tile."""
         rows = self.inputs.query[tile.first_row : tile.first_row + tile.num_rows]
-        grouped = rows.unflatten(1, (self.geometry.num_kv_heads, -1))
+        grouped: torch.Tensor = rows.unflatten(1, (self.geometry.num_kv_heads, -1))
         return grouped[:, heads].permute(1, 2, 0, 3)
 
     def _store(self, tile: Tile, heads: slice, output: torch.Tensor, lse: torch.Tensor) -> None:
@@ -363,7 +377,7 @@ def _drop(
 
     Args:
         scores: [h, G, n, m, block].
-        values: [h, m * block, Dv].
+        values: [h, n, Dv]; the last block may lack keys.
         kept: [h, G, m] bool.
     """
     if bool(kept.all()):
@@ -371,4 +385,5 @@ def _drop(
     used = kept.any(0).any(0).nonzero()[:, 0]
     block = scores.shape[-1]
     scores = scores[:, :, :, used].masked_fill_(~kept[:, :, None, used, None], float("-inf"))
-    return scores, values.unflatten(1, (-1, block))[:, used].flatten(1, 2)
+    columns = (used[:, None] * block + torch.arange(block, device=used.device)).flatten()
+    return scores, values[:, columns[columns < values.shape[1]]]

@@ -118,6 +118,22 @@ def test_a_stage_too_short_to_have_tiles_to_skip_cannot_train_sharpness() -> Non
         dataclasses.replace(TINY.stages[1], context=2 * TILE)
 
 
+def test_muon_moves_on_in_the_direction_of_gradients_gone_by() -> None:
+    matrix = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer = Muon([matrix], lr=0.1, momentum=0.9, weight_decay=0.0)
+    for gradient in (torch.eye(4), torch.zeros(4, 4)):
+        matrix.grad = gradient
+        before = matrix.detach().clone()
+        optimizer.step()
+        assert ((before - matrix).diagonal() > 0.05).all()
+
+
+def test_weight_decay_shrinks_a_matrix_without_a_gradient() -> None:
+    matrix = torch.nn.Parameter(torch.eye(4))
+    Muon([matrix], lr=0.1, momentum=0.9, weight_decay=0.5).step()
+    torch.testing.assert_close(matrix.detach(), 0.95 * torch.eye(4))
+
+
 def test_a_muon_step_refuses_a_closure() -> None:
     optimizer = Muon([torch.nn.Parameter(torch.eye(4))], 0.1, 0.9, 0.0)
     with pytest.raises(ValueError, match="without a closure"):

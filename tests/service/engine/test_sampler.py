@@ -265,3 +265,9 @@ def test_columns_beyond_the_vocabulary_are_padding_and_logits_are_left_as_they_w
     drawn = sampler().sample(logits, [sequence(params), sequence(SamplingParams(logprobs=3))])
     assert max(drawn.token_ids) < VOCAB
     assert torch.equal(logits, before)
+
+
+def test_a_model_may_have_fewer_columns_than_the_tokenizer_has_ids():
+    params = replace(GREEDY, presence_penalty=5.0, min_tokens=3, stop_token_ids=(VOCAB - 1, 1))
+    seq = sequence(params, prompt_ids=[VOCAB - 1], output_ids=[VOCAB - 1, 0])
+    assert sampler().sample(torch.tensor([[3.0, 2.0, 1.0]]), [seq]).token_ids == [2]

@@ -1,7 +1,9 @@
-"""Tiny random models of the architectures the service promises, with weights that make attention
-matter: at Hugging Face's own initialisation every key looks alike and any mask passes a test.
+"""Tiny random models of the architectures the service promises, with weights that matter.
+
+At Hugging Face's own initialisation every key looks alike, and any mask passes a test.
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -26,6 +28,12 @@ _COMMON = {
     "eos_token_id": 2,
 }
 _ALTERNATING = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 
 _RECIPES: dict[str, tuple[str, dict[str, object]]] = {
@@ -62,7 +70,13 @@ _RECIPES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "gpt_oss": (
         "GptOss",
-        {"head_dim": 16, "sliding_window": WINDOW, "layer_types": _ALTERNATING, **_EXPERTS},
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "layer_types": _ALTERNATING,
+            "rope_parameters": _YARN,
+            **_EXPERTS,
+        },
     ),
 }
 ARCHITECTURES = tuple(_RECIPES)
@@ -73,9 +87,11 @@ def build(name: str, **overrides: object) -> PreTrainedModel:
     prefix, special = _RECIPES[name]
     config_name = f"{prefix}TextConfig" if name == "gemma3" else f"{prefix}Config"
     config_class: Callable[..., transformers.PreTrainedConfig] = getattr(transformers, config_name)
-    config = config_class(**{**_COMMON, **special, **overrides})
+    config = config_class(**copy.deepcopy({**_COMMON, **special, **overrides}))
     model_class = getattr(transformers, f"{prefix}ForCausalLM")
-    model: PreTrainedModel = model_class(config).eval().float()
+    with torch.random.fork_rng():  # biases keep part of their initial, random value
+        torch.manual_seed(0)
+        model: PreTrainedModel = model_class(config).eval().float()
     model.requires_grad_(requires_grad=False)
     model.set_attn_implementation("eager")
     redraw(model)

@@ -10,6 +10,7 @@ from sparse_methods.kernels.operation import (
     AttentionInputs,
     BlockLists,
     LayerGeometry,
+    PageTable,
     QueryTiles,
     Tile,
     visible_blocks,
@@ -43,7 +44,7 @@ def build(geometry, requests, *, peaked=1.0, seed=0):
         query=draw(row, geometry.num_heads, geometry.head_dim) * peaked,
         keys=draw(sum(num_pages), BLOCK, geometry.num_kv_heads, geometry.head_dim),
         values=draw(sum(num_pages), BLOCK, geometry.num_kv_heads, geometry.value_dim),
-        page_table=table,
+        page_table=PageTable(table),
         tiles=QueryTiles(tuple(tiles), BLOCK, torch.device("cpu")),
         geometry=geometry,
         sinks=draw(geometry.num_heads) if geometry.has_sinks else None,
@@ -54,7 +55,7 @@ def oracle(inputs, keep=None):
     """Row by row; ``keep(tile index, head, block)`` says which blocks count."""
     geometry, outputs, lses = inputs.geometry, [], []
     for index, tile in enumerate(inputs.tiles.tiles):
-        table = inputs.page_table[tile.request]
+        table = inputs.page_table.pages[tile.request]
         keys = inputs.keys[table].flatten(0, 1)[: tile.kv_len].double()
         values = inputs.values[table].flatten(0, 1)[: tile.kv_len].double()
         for offset in range(tile.num_rows):
@@ -169,7 +170,7 @@ def left_to_right_rule(inputs, threshold):
     kept = {}
     geometry = inputs.geometry
     for index, tile in enumerate(inputs.tiles.tiles):
-        table = inputs.page_table[tile.request]
+        table = inputs.page_table.pages[tile.request]
         keys = inputs.keys[table].flatten(0, 1)[: tile.kv_len]
         for head in range(geometry.num_heads):
             rows = inputs.query[tile.first_row : tile.first_row + tile.num_rows, head]
@@ -218,7 +219,7 @@ def test_slots_nobody_wrote_do_not_reach_the_output():
     inputs = build(PLAIN, [(0, 20, 20), (19, 20, 5)])
     for cache in (inputs.keys, inputs.values):
         for request in range(2):
-            cache[inputs.page_table[request, 1], 4:] = math.nan
+            cache[inputs.page_table.pages[request, 1], 4:] = math.nan
     assert attend(inputs).output.isfinite().all()
     thresholds = torch.full((len(inputs.tiles.tiles),), math.log(0.1))
     assert attend(replace(inputs, log_thresholds=thresholds)).output.isfinite().all()

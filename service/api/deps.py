@@ -1,0 +1,131 @@
+"""What routes depend on; whatever a request owns is acquired and released here."""
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Query, Request
+
+from service.api.holder import EngineHolder
+from service.api.schemas import MethodFields, SamplingFields
+from service.engine.engine import Engine, Generation, GenerationRequest
+from service.errors import BadRequestError
+from sparse_methods import SparseAttentionMethod, get_sparse_method
+
+_MAX_ECHO = 64  # characters of a client's spelling repeated in an error
+
+
+@dataclass(frozen=True)
+class MethodQuery:
+    """Method and version as the URL names them."""
+
+    method: str | None
+    version: str | None
+
+
+@dataclass(frozen=True)
+class ChosenMethod:
+    """A method with its knobs, and where the client named it: query, body or default."""
+
+    method: SparseAttentionMethod
+    resolved_from: str
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A request the engine has taken in.
+
+    Attributes:
+        id: Names the request in the answer.
+    """
+
+    id: str
+    engine: Engine
+    chosen: ChosenMethod
+    generation: Generation
+
+
+def get_holder(request: Request) -> EngineHolder:
+    """The place of the engine, loaded or not."""
+    holder: EngineHolder = request.app.state.holder
+    return holder
+
+
+def get_engine(holder: Annotated[EngineHolder, Depends(get_holder)]) -> Engine:
+    """The engine; 503 while it loads."""
+    return holder.engine
+
+
+def query_method(
+    request: Request,
+    method: Annotated[str | None, Query(description="Name from GET /methods.")] = None,
+    version: Annotated[str | None, Query(description="Version of the method.")] = None,
+) -> MethodQuery:
+    """Method and version from the URL, each at most once, and nothing else."""
+    for name in request.query_params:
+        if name not in {"method", "version"}:
+            raise BadRequestError(
+                f"Unknown query parameter {name[:_MAX_ECHO]!r}. Known: method, version.",
+                name[:_MAX_ECHO],
+            )
+        if len(request.query_params.getlist(name)) > 1:
+            raise BadRequestError(f"The query parameter {name!r} is given more than once.", name)
+    return MethodQuery(method, version)
+
+
+HolderDep = Annotated[EngineHolder, Depends(get_holder)]
+EngineDep = Annotated[Engine, Depends(get_engine)]
+MethodQueryDep = Annotated[MethodQuery, Depends(query_method)]
+
+
+def choose_method(
+    engine: Engine, query: MethodQuery, body: MethodFields, request: Request
+) -> ChosenMethod:
+    """Resolve the method of a request, and put it into the headers of its answer.
+
+    Raises:
+        BadRequestError: Query and body disagree.
+        SparseMethodError: Method, version or a knob is unknown or invalid.
+    """
+    name = _agreed("method", query.method, body.method)
+    version = _agreed("version", query.version, body.version)
+    cls = get_sparse_method(engine.default_method[0] if name is None else name, version)
+    headers = request.state.response_headers
+    headers["X-Sparse-Method"] = cls.registered_name
+    headers["X-Sparse-Version"] = cls.registered_version
+    method = cls(body.method_params)
+    method.check_servable(engine.settings.block_size)
+    if query.method is not None or (query.version is not None and body.method is None):
+        return ChosenMethod(method, "query")
+    is_in_body = body.method is not None or body.version is not None
+    return ChosenMethod(method, "body" if is_in_body else "default")
+
+
+@asynccontextmanager
+async def submit(
+    engine: Engine, chosen: ChosenMethod, body: SamplingFields, prompt: str | list[int]
+) -> AsyncIterator[Submission]:
+    """Hand a prompt to the engine; leaving the context aborts what still runs."""
+    is_text = isinstance(prompt, str)
+    request = GenerationRequest(
+        request_id=f"gen-{secrets.token_hex(12)}",
+        prompt=prompt if is_text else None,
+        prompt_ids=None if is_text else prompt,
+        method=chosen.method,
+        sampling=body.sampling(),
+        n=body.n,
+    )
+    async with await engine.submit(request) as generation:
+        yield Submission(request.request_id, engine, chosen, generation)
+
+
+def _agreed(field: str, in_query: str | None, in_body: str | None) -> str | None:
+    if in_query is not None and in_body is not None and in_query != in_body:
+        raise BadRequestError(
+            f"The query says {field}={in_query[:_MAX_ECHO]!r}, but the body says"
+            f" {in_body[:_MAX_ECHO]!r}. Give it once, or the same in both.",
+            field,
+        )
+    return in_body if in_query is None else in_query

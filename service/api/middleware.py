@@ -1,0 +1,100 @@
+"""What every request passes: an id, a line in the log, a count, and the check of its API key.
+
+Plain ASGI: Starlette's BaseHTTPMiddleware costs a task per request and hides disconnects.
+"""
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import error_response
+from service.errors import UnauthorizedError
+
+_access_log = logging.getLogger("service.access")
+_log = logging.getLogger(__name__)
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_NO_ROUTE = "<none>"  # never the raw path: it is the client's text
+
+
+class RequestContext:
+    """Names the request, adds the headers collected on the way, counts and logs its end."""
+
+    def __init__(self, app: ASGIApp, count: Callable[[str, int], None]) -> None:
+        self._app = app
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given_id = Headers(scope=scope).get("x-request-id", "")
+        request_id = given_id if _SANE_REQUEST_ID.fullmatch(given_id) else secrets.token_hex(16)
+        headers = {"X-Request-Id": request_id}
+        scope.setdefault("state", {})["response_headers"] = headers
+        started_at, status = time.monotonic(), 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(headers)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:
+            _log.exception("request failed", extra={"request_id": request_id})
+            if status == 0:
+                await error_response(error)(scope, receive, send_with_headers)
+        finally:
+            self._record(scope, request_id, status, time.monotonic() - started_at)
+
+    def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", _NO_ROUTE)
+        status = status or 499  # the client left before an answer began
+        self._count(route, status)
+        fields = {
+            "request_id": request_id,
+            "http_method": scope["method"][:16],
+            "route": route,
+            "status": status,
+            "duration_s": round(seconds, 6),
+        }
+        _access_log.info("request", extra=fields)
+
+
+class ApiKeys:
+    """Lets a request in if it shows one of the keys, or if its path is public."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], public_paths: frozenset[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key) for key in keys]
+        self._public_paths = public_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        is_guarded = scope["type"] == "http" and scope["path"] not in self._public_paths
+        if is_guarded and not self._is_known(Headers(scope=scope)):
+            refusal = UnauthorizedError("Give a valid API key as 'Authorization: Bearer KEY'.")
+            await error_response(refusal)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_known(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
+        # Every key is compared, and digests have one length: time tells nothing about any key.
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return any(matches)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

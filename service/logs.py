@@ -1,0 +1,68 @@
+"""The log: one JSON object per line on standard error, and never a client's text.
+
+An exception's own message is kept only if its class tells of the machine; others, a ValueError of
+the tokenizer for one, may quote the prompt, so of those only the class and the frames are written.
+"""
+
+import logging
+import sys
+import traceback
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import TextIO
+
+import orjson
+from typing_extensions import override
+
+from service.errors import GenerationError, ModelNotSupportedError, UnavailableError
+
+_TELLS_OF_THE_MACHINE = (
+    GenerationError,
+    ModelNotSupportedError,
+    UnavailableError,
+    RuntimeError,
+    OSError,
+    MemoryError,
+    ImportError,
+)
+_STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "color_message"}
+_MAX_FRAMES = 32
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes a record as one line of JSON; fields given as ``extra`` are keys of it."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        extra = {key: value for key, value in vars(record).items() if key not in _STANDARD_FIELDS}
+        entry |= extra
+        if record.exc_info and record.exc_info[1] is not None:
+            entry |= _describe(record.exc_info[1], record.exc_info[2])
+        return orjson.dumps(entry, default=repr).decode()
+
+
+def configure_logging(level: str, stream: TextIO | None = None) -> None:
+    """Send every record of this process, uvicorn's included, through the JSON formatter."""
+    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+
+
+def _describe(error: BaseException, frames: TracebackType | None) -> dict[str, object]:
+    stack = traceback.extract_tb(frames)[-_MAX_FRAMES:]
+    description: dict[str, object] = {
+        "error": type(error).__name__,
+        "frames": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in stack],
+    }
+    # NotImplementedError and RecursionError are RuntimeErrors too; they quote no input either.
+    if isinstance(error, _TELLS_OF_THE_MACHINE) and not isinstance(error, UnicodeError):
+        description["error_message"] = str(error)[:2000]
+    return description

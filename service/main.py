@@ -1,0 +1,67 @@
+"""The application, put together; ``service/server.py`` runs it."""
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from service.api import generate, health, methods
+from service.api.errors import install_error_handlers
+from service.api.health import server_version
+from service.api.holder import EngineHolder, LoadEngine
+from service.api.middleware import ApiKeys, RequestContext
+from service.metrics import Metrics
+from service.settings import Settings
+
+_PROBES = frozenset({"/health", "/health/live", "/health/ready"})
+
+
+def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
+    """Build the application; its engine loads in a thread once the application starts.
+
+    Args:
+        settings: Settings of the operator.
+        load: Returns the engine, which then reports to the events it was given. It is called
+            with the application's metrics, for instance ``partial(Engine.load, settings)``.
+    """
+    metrics, holder = Metrics(), EngineHolder(load)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        gc.freeze()  # what has been imported stays; no collection needs to look at it again
+        holder.start(metrics)
+        yield
+        await asyncio.to_thread(holder.stop)
+
+    app = FastAPI(
+        title="sparseserve",
+        version=server_version(),
+        description="Serves a causal LM whose sparse attention method each request chooses.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.settings, app.state.metrics, app.state.holder = settings, metrics, holder
+    metrics.watch(holder.status, lambda: _build_labels(holder))
+    install_error_handlers(app)
+    for module in (generate, methods, health):
+        app.include_router(module.router)
+    if settings.api_keys:
+        keys = [key.get_secret_value() for key in settings.api_keys]
+        public = _PROBES if settings.metrics_need_key else _PROBES | {"/metrics"}
+        app.add_middleware(ApiKeys, keys=keys, public_paths=public)
+    app.add_middleware(RequestContext, count=metrics.http_request)  # the outermost is added last
+    return app
+
+
+def _build_labels(holder: EngineHolder) -> dict[str, str] | None:
+    if not holder.is_loaded:
+        return None
+    engine = holder.engine
+    return {
+        "version": server_version(),
+        "model": engine.model_name,
+        "device": engine.device,
+        "attention": engine.attention,
+    }

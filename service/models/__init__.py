@@ -1,0 +1,1 @@
+"""Hugging Face models under our attention; ``attention.py`` is the seam."""

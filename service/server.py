@@ -1,0 +1,96 @@
+"""Running the application: readiness is announced, SIGTERM drains, and the exit status is true."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from typing_extensions import override
+
+from service.api.holder import EngineHolder
+from service.settings import Settings
+
+_log = logging.getLogger(__name__)
+_FLUSH_S = 5  # for answers that are complete but not yet read
+
+
+class Server(uvicorn.Server):
+    """uvicorn, except that a signal first lets running requests finish.
+
+    Until they have, the port stays open: probes are told 503 and balancers look elsewhere. A second
+    signal ends the wait.
+
+    Attributes:
+        exit_code: 0 after a signal, 1 if the model could not be loaded or the engine died.
+    """
+
+    def __init__(self, settings: Settings, app: FastAPI, announce: Callable[[str], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,  # service/logs.py owns the log,
+                access_log=False,  # and api/middleware.py its lines on requests
+                server_header=False,
+                timeout_graceful_shutdown=_FLUSH_S,
+            )
+        )
+        self._holder: EngineHolder = app.state.holder
+        self._announce: Callable[[str], None] | None = announce
+        self._drain_timeout_s = settings.shutdown_timeout_s
+        self._drain_until = math.inf
+        self.exit_code = 0
+
+    @override
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; on a second signal, stop at once."""
+        # uvicorn would remember the signal and raise it again at the end: the status would not be 0.
+        if self._drain_until < math.inf:
+            self._drain_until = 0.0
+            return
+        self._drain_until = time.monotonic() + self._drain_timeout_s
+        self._holder.drain()
+
+    @override
+    async def on_tick(self, counter: int) -> bool:
+        """Look after the engine ten times a second; True ends the server."""
+        if self._drain_until < math.inf:
+            if await self._is_drained():
+                return True
+        elif self._has_failed():
+            self.exit_code = 1
+            return True
+        elif self._announce is not None and self._holder.is_loaded:
+            self._announce(self._address())
+            self._announce = None
+        return await super().on_tick(counter)
+
+    async def _is_drained(self) -> bool:
+        # A request still being read or encoded is not the engine's yet, but has a task.
+        if await self._holder.is_idle() and not self.server_state.tasks:
+            return True
+        return time.monotonic() >= self._drain_until
+
+    def _has_failed(self) -> bool:
+        if self._holder.failure is not None:
+            return True
+        if self._holder.is_loaded and not self._holder.status().is_alive:
+            _log.error("the engine thread has ended")
+            return True
+        return False
+
+    def _address(self) -> str:
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @override
+    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        """End what still runs, so that its clients are told, then close the connections."""
+        if not await self._holder.is_idle():
+            _log.warning("generations still ran when the time to drain was over")
+        self._holder.stop()
+        await super().shutdown()

@@ -1,0 +1,518 @@
+"""The contract's own expectations in our words, its oddities as numbers, and the serving half."""
+
+import hashlib
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from sparse_methods import InvalidKnobsError, Phase, UnsupportedError
+from sparse_methods.methods.flash_skip_softmax_v1 import FlashSkipSoftmax
+
+LOWEST = torch.finfo(torch.float32).min
+GEOMETRY = {"br": 128, "bc": 128, "backend": "pytorch", "is_causal": True}
+SCALAR = {"threshold": {"prefill": 1e-3, "decode": 1e-5}, **GEOMETRY}
+LISTS = {"thresholds": {"prefill": [1e-3], "decode": [1e-5]}, **GEOMETRY}
+both_generations = pytest.mark.parametrize("config", [SCALAR, LISTS], ids=["scalar", "lists"])
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Frozen noise: NumPy guarantees the stream of RandomState across versions."""
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape)).float()
+
+
+def causal(scores: torch.Tensor) -> torch.Tensor:
+    num_queries, num_keys = scores.shape[-2:]
+    hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
+    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+
+
+def sink_and_diagonal(num_queries: int, num_keys: int) -> torch.Tensor:
+    """Causal scores of 20 in the first block and the query's own, 0 elsewhere."""
+    keys = torch.arange(num_keys) // 128
+    own = torch.arange(num_keys - num_queries, num_keys)[:, None] // 128
+    return causal(20.0 * ((keys == 0) | (keys == own)).float()[None, None])
+
+
+def uneven(num_queries: int, num_keys: int, *, seed: int = 0, size: int = 128) -> torch.Tensor:
+    """Causal noise of which every block has its own level, so that some are worth skipping."""
+    rows, columns = math.ceil(num_queries / size), math.ceil(num_keys / size)
+    levels = 6 * gaussian(2, 3, rows, columns, seed=seed + 1)
+    spread = levels.repeat_interleave(size, 2).repeat_interleave(size, 3)
+    return causal(
+        gaussian(2, 3, num_queries, num_keys, seed=seed) + spread[:, :, :num_queries, :num_keys]
+    )
+
+
+def as_numbers(stats: dict[str, Any]) -> dict[str, Any]:
+    """Statistics of the list spelling with its one threshold, as the scalar spelling has them."""
+    return {key: value[0] if isinstance(value, list) else value for key, value in stats.items()}
+
+
+def oracle(
+    scores: torch.Tensor, block_rows: int, block_keys: int, threshold: float
+) -> torch.Tensor:
+    """[R, C] kept blocks of one head, by the rule as the contract's text has it, in plain loops."""
+    rows, columns = math.ceil(scores.shape[0] / block_rows), math.ceil(scores.shape[1] / block_keys)
+    padded = torch.full((rows * block_rows, columns * block_keys), LOWEST)
+    padded[: scores.shape[0], : scores.shape[1]] = scores
+    kept = torch.zeros(rows, columns, dtype=torch.bool)
+    for index, row in enumerate(padded.tolist()):
+        running = -math.inf
+        for column in range(columns):
+            largest = max(row[column * block_keys : (column + 1) * block_keys])
+            running = max(running, largest)
+            if largest - running > math.log(threshold):
+                kept[index // block_rows, column] = True
+    return kept
+
+
+@both_generations
+def test_one_query_row_is_decoding(config):
+    method = FlashSkipSoftmax(config)
+    assert method._infer_phase(torch.randn(2, 4, 64, 64)) == "prefill"
+    assert method._infer_phase(torch.randn(2, 4, 1, 64)) == "decode"
+
+
+def test_scalar_thresholds_follow_the_phase():
+    method = FlashSkipSoftmax(SCALAR)
+    assert method.threshold == 1e-3
+    method._update_threshold("decode")
+    assert method.threshold == 1e-5
+    method._update_threshold("prefill")
+    assert method.threshold == 1e-3
+
+
+def test_threshold_lists_follow_the_phase():
+    method = FlashSkipSoftmax(LISTS)
+    before = method.thresholds
+    method._update_thresholds("decode")
+    assert method.thresholds == [1e-5] != before
+    method._update_thresholds("prefill")
+    assert method.thresholds == [1e-3]
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocked_shape", "rest"),
+    [
+        ((2, 4, 256, 256), (2, 4, 2, 128, 2, 128), (2, 2, 256, 256)),
+        ((2, 4, 200, 300), (2, 4, 2, 128, 3, 128), (2, 3, 256, 384)),
+    ],
+)
+def test_scores_are_cut_into_blocks_and_padded_with_the_lowest_value(shape, blocked_shape, rest):
+    scores = torch.randn(shape)
+    blocked, *numbers = FlashSkipSoftmax(SCALAR)._reshape_to_blocks(scores, 128, 128)
+    assert blocked.shape == blocked_shape
+    assert tuple(numbers) == rest
+    whole = blocked.reshape(*shape[:2], *rest[2:])
+    assert torch.equal(whole[:, :, : shape[2], : shape[3]], scores)
+    assert (whole[:, :, shape[2] :] == LOWEST).all()
+    assert (whole[:, :, :, shape[3] :] == LOWEST).all()
+
+
+@both_generations
+@pytest.mark.parametrize(("num_queries", "phase"), [(128, "prefill"), (1, "decode")])
+def test_statistics_have_the_names_and_types_of_their_generation(config, num_queries, phase):
+    scores = torch.randn(1, 1, num_queries, 256)
+    mask, stats = FlashSkipSoftmax(config).calc_correction_factor_and_p(scores, phase)
+    assert set(stats) == {
+        *("correction_factor", "sparsity", "phase"),
+        *("total_blocks", "sparse_blocks", "sample_length"),
+    }
+    assert (stats["phase"], stats["sample_length"]) == (phase, 256)
+    assert 0 <= stats["correction_factor"] <= 1
+    kind = list if "thresholds" in config else (int, float)
+    assert isinstance(stats["sparsity"], kind)
+    assert isinstance(stats["sparse_blocks"], kind)
+    numbers = as_numbers(stats)
+    assert -1 <= numbers["sparsity"] <= 1
+    assert type(numbers["sparse_blocks"]) is int
+    assert (mask.shape, mask.dtype, mask.device) == (scores.shape, torch.bool, scores.device)
+
+
+@both_generations
+@pytest.mark.parametrize(("is_causal", "total"), [(True, 3), (False, 4)])
+def test_only_a_causal_method_leaves_out_the_blocks_above_the_diagonal(config, is_causal, total):
+    method = FlashSkipSoftmax({**config, "is_causal": is_causal})
+    _, stats = method.calc_correction_factor_and_p(torch.randn(1, 1, 256, 256), "prefill")
+    assert stats["total_blocks"] == total
+
+
+@both_generations
+def test_scores_that_are_not_4d_fail_an_assertion(config):
+    with pytest.raises(AssertionError, match="Expected 4D"):
+        FlashSkipSoftmax(config).calculate_sparsity(attention_scores=torch.randn(2, 64, 64))
+
+
+@both_generations
+def test_what_is_not_kept_gets_the_lowest_value(config):
+    method, scores = FlashSkipSoftmax(config), uneven(256, 512)
+    mask, _ = method.calculate_sparsity(scores)
+    sparse = method.apply_sparsity(scores, mask)
+    assert 0 < int((~mask).sum()) < mask.numel()
+    assert (sparse[~mask] == LOWEST).all()
+    assert torch.equal(sparse[mask], scores[mask])
+    assert torch.equal(method.apply_sparsity(scores), sparse)
+
+
+@both_generations
+@pytest.mark.parametrize(("num_queries", "phase"), [(128, "prefill"), (1, "decode")])
+def test_a_calibrated_phase_computes_its_threshold_from_the_length(config, num_queries, phase):
+    method = FlashSkipSoftmax({**config, "is_causal": False})
+    scores = gaussian(1, 2, num_queries, 256) * 5
+    method.calibration_params = {phase: {"a": 1.0, "b": 5.0}}
+    method.target_sparse_ratio = {phase: 0.5}
+    mask, stats = method.calc_correction_factor_and_p(scores, phase)
+    by_hand = math.exp(2.5) / 256
+    static = FlashSkipSoftmax(
+        {"threshold": {"prefill": by_hand, "decode": by_hand}, "is_causal": False}
+    )
+    expected_mask, expected = static.calculate_sparsity(scores)
+    assert torch.equal(mask, expected_mask)
+    assert as_numbers(stats) == expected
+    assert isinstance(stats["sparsity"], list) == ("thresholds" in config)
+
+
+@both_generations
+def test_static_thresholds_are_described_as_configured(config):
+    value = config.get("threshold", config.get("thresholds"))
+    info = FlashSkipSoftmax(method_config=config).get_threshold_info()
+    assert info == {"type": "static", "value": value}
+
+
+@both_generations
+def test_calibrated_thresholds_are_described_with_formula_and_examples(config):
+    method = FlashSkipSoftmax(method_config=config)
+    params = {"prefill": {"a": 150.0, "b": 1.5}, "decode": {"a": 200.0, "b": 1.8}}
+    method.calibration_params = params
+    method.target_sparse_ratio = {"prefill": 0.9}
+    info = method.get_threshold_info()
+    assert info["type"] == "dynamic_calibrated"
+    assert info["formula"] == "threshold = a * exp(b * target_sparsity) / seqlen"
+    assert info["calibration_params"] == params
+    assert info["target_sparse_ratio"] == {"prefill": 0.9}
+    scale = 150.0 * math.exp(1.5 * 0.9)
+    lengths = (1024, 4096, 16384, 65536, 131072)
+    assert info["phases"]["prefill"] == {
+        "a": 150.0,
+        "b": 1.5,
+        "target_sparsity": 0.9,
+        "scale_factor": scale,
+        "example_thresholds": {length: scale / length for length in lengths},
+    }
+    assert info["phases"]["decode"]["target_sparsity"] == 0.5
+
+
+@both_generations
+def test_the_sparse_context_patches_softmax_and_puts_it_back(config):
+    method, module = FlashSkipSoftmax(config), SimpleNamespace(_last_stats=None)
+    dense_softmax, scores = functional.softmax, uneven(256, 256)
+    with method.get_sparse_context(module):
+        assert functional.softmax is not dense_softmax
+        weights = functional.softmax(scores, dim=-1, dtype=torch.float64)
+    assert functional.softmax is dense_softmax
+    mask, stats = method.calculate_sparsity(scores)
+    assert module._last_stats == stats
+    assert weights.dtype is torch.float64
+    assert (weights[~mask] == 0).all()
+    assert int((~mask).sum()) > 0
+
+
+def test_softmax_is_put_back_after_a_failure_too():
+    dense_softmax = functional.softmax
+    with (
+        pytest.raises(AssertionError, match="Expected 4D"),
+        FlashSkipSoftmax().get_sparse_context(SimpleNamespace()),
+    ):
+        functional.softmax(torch.randn(3, 3), dim=-1)
+    assert functional.softmax is dense_softmax
+
+
+def test_while_calibrating_nothing_is_masked_and_assigned_thresholds_stay():
+    method, module, scores = FlashSkipSoftmax(LISTS), SimpleNamespace(), uneven(256, 256)
+    method.set_calibration_mode(True)
+    method.thresholds = [1e-6, 1e-3, 0.5]
+    with method.get_sparse_context(module):
+        assert torch.equal(functional.softmax(scores, dim=-1), scores.softmax(-1))
+    assert method.thresholds == [1e-6, 1e-3, 0.5]
+    shares = module._last_stats["sparsity"]
+    assert len(shares) == 3
+    assert shares == sorted(shares)
+    assert shares[0] < shares[2]
+    method.set_calibration_mode(False)
+    method.calculate_sparsity(scores)
+    assert method.thresholds == [1e-3]
+
+
+def test_a_trial_threshold_of_the_first_generation_is_a_number():
+    method = FlashSkipSoftmax(SCALAR)
+    method.set_calibration_mode(True)
+    method.threshold = 0.5
+    _, stats = method.calculate_sparsity(uneven(256, 256))
+    assert isinstance(stats["sparsity"], float)
+    assert method.thresholds == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "block_rows", "block_keys"),
+    [(16, 16, 4, 4), (13, 13, 4, 4), (6, 17, 4, 4), (1, 19, 4, 4), (12, 24, 4, 8), (16, 16, 8, 2)],
+)
+@pytest.mark.parametrize("threshold", [1e-4, 0.03, 0.9])
+def test_blocks_are_kept_as_plain_loops_keep_them(
+    num_queries, num_keys, block_rows, block_keys, threshold
+):
+    scores = uneven(num_queries, num_keys, seed=num_keys, size=2)
+    config = {"prefill": threshold, "decode": threshold}
+    method = FlashSkipSoftmax({"threshold": config, "br": block_rows, "bc": block_keys})
+    mask, _ = method.calculate_sparsity(scores)
+    rows = 1 if num_queries == 1 else block_rows
+    for batch in range(2):
+        for head in range(3):
+            kept = oracle(scores[batch, head], rows, block_keys, threshold)
+            elements = kept.repeat_interleave(rows, 0).repeat_interleave(block_keys, 1)
+            assert torch.equal(mask[batch, head], elements[:num_queries, :num_keys])
+
+
+def test_both_spellings_decide_and_count_alike():
+    scores = uneven(500, 900)
+    (mask, stats), (list_mask, list_stats) = (
+        FlashSkipSoftmax(config).calculate_sparsity(scores) for config in (SCALAR, LISTS)
+    )
+    assert torch.equal(mask, list_mask)
+    assert stats == as_numbers(list_stats)
+    assert isinstance(list_stats["sparsity"], list)
+
+
+def test_the_first_of_several_thresholds_decides_and_all_are_counted():
+    scores, values = uneven(512, 512), [1e-2, 1e-6, 0.5]
+    mask, stats = FlashSkipSoftmax({"thresholds": {"prefill": values}}).calculate_sparsity(scores)
+    alone = [
+        FlashSkipSoftmax({"threshold": {"prefill": v}}).calculate_sparsity(scores) for v in values
+    ]
+    assert torch.equal(mask, alone[0][0])
+    assert stats["sparsity"] == [single["sparsity"] for _, single in alone]
+    assert stats["sparse_blocks"] == [single["sparse_blocks"] for _, single in alone]
+    assert len(set(stats["sparsity"])) == 3
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "digest", "stats"),
+    [
+        (1000, "39d02aac567afb48", ("prefill", 0.2530721127986908, 0.1620370370370371, 36, 5)),
+        (1, "d003ee8ed2f4242d", ("decode", 0.3333333432674408, 0.33333333333333337, 8, 2)),
+    ],
+)
+def test_decisions_are_frozen(num_queries, digest, stats):
+    """A change here is a change of a released version: make it a new one instead."""
+    mask, got = FlashSkipSoftmax().calculate_sparsity(uneven(num_queries, 1000))
+    assert hashlib.sha256(np.packbits(mask.numpy()).tobytes()).hexdigest()[:16] == digest
+    names = ("phase", "correction_factor", "sparsity", "total_blocks", "sparse_blocks")
+    assert tuple(got[name] for name in names) == stats
+
+
+def test_padded_query_rows_keep_every_block_of_the_last_row():
+    _, aligned = FlashSkipSoftmax().calculate_sparsity(sink_and_diagonal(1024, 1024))
+    mask, padded = FlashSkipSoftmax().calculate_sparsity(sink_and_diagonal(1000, 1000))
+    assert aligned["total_blocks"] == padded["total_blocks"] == 36
+    assert aligned["sparsity"] == pytest.approx(1 - 15 / 36)  # 0.583, the exact value
+    assert padded["sparsity"] == pytest.approx(1 - 21 / 36)  # 0.417: 8 blocks instead of 2
+    assert mask[..., 896:, :].all()
+
+
+@pytest.mark.parametrize(
+    ("br", "bc", "total", "sparsity"), [(64, 128, 8, -2.75), (128, 64, 100, 0.7)]
+)
+def test_the_causal_total_assumes_square_blocks(br, bc, total, sparsity):
+    method = FlashSkipSoftmax({"br": br, "bc": bc})
+    _, stats = method.calculate_sparsity(sink_and_diagonal(1024, 1024))
+    assert stats["total_blocks"] == total  # 72 in truth, both ways
+    assert stats["sparsity"] == pytest.approx(sparsity)
+
+
+def test_the_causal_total_assumes_an_aligned_prefix():
+    _, stats = FlashSkipSoftmax().calculate_sparsity(sink_and_diagonal(130, 230))
+    assert stats["total_blocks"] == 3  # 4 in truth
+
+
+def test_scores_without_the_causal_mask_give_a_negative_sparsity():
+    _, stats = FlashSkipSoftmax().calculate_sparsity(gaussian(1, 1, 256, 256))
+    assert stats["sparsity"] == pytest.approx(-1 / 3)  # 4 kept of 3
+    assert stats["sparse_blocks"] == 0
+
+
+def test_rows_of_left_padding_keep_every_block():
+    scores = sink_and_diagonal(512, 512)
+    scores[..., :128, :] = LOWEST
+    scores[..., :128] = LOWEST
+    mask, stats = FlashSkipSoftmax().calculate_sparsity(scores)
+    assert mask[..., :128, :].all()
+    assert stats["sparsity"] == pytest.approx(-0.3)  # 4 + 2 + 3 + 4 kept of 10
+
+
+def test_a_calibrated_threshold_of_1_or_more_drops_everything_even_the_first_block():
+    method = FlashSkipSoftmax()
+    method.calibration_params = {"prefill": {"a": 7.906, "b": 8.615}}
+    method.target_sparse_ratio = {"prefill": 0.5}
+    mask, stats = method.calculate_sparsity(sink_and_diagonal(512, 512))
+    assert not mask.any()
+    assert (stats["sparsity"], stats["sparse_blocks"]) == (1.0, 10)
+
+
+def test_the_number_of_sparse_blocks_is_truncated():
+    scores = torch.zeros(1, 5, 1, 512)
+    scores[..., :128] = 20.0
+    scores[0, 1:, 0, 128:] = 20.0  # only head 0 skips: 3 of its 4 blocks, 3 of 20 in all
+    _, stats = FlashSkipSoftmax().calculate_sparsity(scores)
+    assert stats["sparsity"] == pytest.approx(0.15)
+    assert (stats["total_blocks"], stats["sparse_blocks"]) == (4, 0)
+
+
+def test_the_total_is_that_of_one_head():
+    _, stats = FlashSkipSoftmax().calculate_sparsity(sink_and_diagonal(512, 512).repeat(2, 3, 1, 1))
+    assert (stats["total_blocks"], stats["sparse_blocks"]) == (10, 3)
+
+
+def test_the_correction_factor_counts_strict_rises_with_padding_in_its_denominator():
+    scores = torch.zeros(1, 1, 1, 400)
+    scores[..., 128:256] = 1.0
+    scores[..., 384:] = 2.0
+    _, stats = FlashSkipSoftmax({"bc": 128}).calculate_sparsity(scores)
+    assert stats["correction_factor"] == 0.75
+    _, stats = FlashSkipSoftmax().calculate_sparsity(torch.zeros(1, 1, 2, 512))
+    assert stats["correction_factor"] == 0.25
+
+
+def test_a_block_exactly_at_the_threshold_is_dropped():
+    scores = torch.zeros(1, 1, 1, 256)
+    scores[..., 128:] = math.log(0.5)
+    mask, _ = FlashSkipSoftmax({"threshold": {"decode": 0.5}}).calculate_sparsity(scores)
+    assert mask[..., :128].all()
+    assert not mask[..., 128:].any()
+
+
+def test_the_scores_own_dtype_decides_without_an_upcast():
+    scores = torch.zeros(1, 1, 2, 256, dtype=torch.bfloat16)
+    scores[..., 128:] = -6.90625  # ln 1e-3 is -6.9078, which bfloat16 rounds to this
+    method = FlashSkipSoftmax({"br": 2})
+    assert not method.calculate_sparsity(scores)[0][..., 128:].any()
+    assert method.calculate_sparsity(scores.float())[0].all()
+
+
+def test_a_phase_without_a_threshold_keeps_that_of_the_phase_before():
+    method = FlashSkipSoftmax({"threshold": {"decode": 0.25}})
+    assert method.threshold == 1e-3
+    method.calculate_sparsity(torch.zeros(1, 1, 1, 4))
+    method.calculate_sparsity(torch.zeros(1, 1, 4, 4))
+    assert method.threshold == 0.25
+
+
+@pytest.mark.parametrize(
+    ("config", "prefill", "decode"),
+    [
+        ({}, 1e-3, 1e-4),
+        (SCALAR, 1e-3, 1e-5),
+        ({"thresholds": {"prefill": [0.3, 0.1], "decode": [0.2]}}, 0.3, 0.2),
+        ({"threshold": {"prefill": 0.0, "decode": 0.5}}, None, 0.5),
+        ({"threshold": {"decode": 0.5}}, 1e-3, 0.5),
+        ({"threshold": {"prefill": 0.5}}, 0.5, 0.5),
+        ({"thresholds": {"prefill": [0.5]}}, 0.5, 0.5),
+    ],
+)
+def test_a_static_threshold_is_served_as_it_is(config, prefill, decode):
+    method = FlashSkipSoftmax(config)
+    method.calculate_sparsity(torch.zeros(1, 1, 1, 4))  # what came before does not matter
+    assert method.skip_threshold(Phase.PREFILL, 4096) == prefill
+    assert method.skip_threshold(Phase.DECODE, 4096) == decode
+
+
+def test_a_calibrated_threshold_is_served_by_length_and_stays_below_1():
+    method = FlashSkipSoftmax(
+        {
+            "calibration_params": {"prefill": {"a": 8.0, "b": 9.0}},
+            "target_sparse_ratio": {"prefill": 0.5},
+        }
+    )
+    scale = 8.0 * math.exp(4.5)
+    assert method.skip_threshold(Phase.PREFILL, 10_000) == scale / 10_000
+    assert method.skip_threshold(Phase.PREFILL, 512) == math.nextafter(1.0, 0.0)
+    assert method.skip_threshold(Phase.PREFILL, 0) == math.nextafter(1.0, 0.0)
+    assert method.skip_threshold(Phase.DECODE, 512) == 1e-4
+
+
+def test_a_fit_of_scale_zero_skips_nothing():
+    method = FlashSkipSoftmax(
+        {
+            "calibration_params": {"decode": {"a": 0.0, "b": 9.0}},
+            "target_sparse_ratio": {"decode": 0.5},
+        }
+    )
+    assert method.skip_threshold(Phase.DECODE, 512) is None
+    mask, _ = method.calculate_sparsity(gaussian(1, 1, 1, 512) * 50)
+    assert mask.all()
+
+
+def test_a_fit_without_a_target_changes_nothing():
+    config = {"calibration_params": {"prefill": {"a": 8.0, "b": 9.0}}}
+    assert FlashSkipSoftmax(config).skip_threshold(Phase.PREFILL, 100_000) == 1e-3
+    assert FlashSkipSoftmax(config).get_threshold_info()["type"] == "static"
+
+
+def test_assigning_a_calibration_equals_configuring_it():
+    params, target = {"prefill": {"a": 8.0, "b": 9.0}}, {"prefill": 0.5}
+    configured = FlashSkipSoftmax({"calibration_params": params, "target_sparse_ratio": target})
+    assigned = FlashSkipSoftmax()
+    assert assigned.calibration_params is None
+    assert assigned.target_sparse_ratio is None
+    assert assigned != configured
+    assigned.calibration_params, assigned.target_sparse_ratio = params, target
+    assert (assigned.calibration_params, assigned.target_sparse_ratio) == (params, target)
+    assert assigned == configured
+    assert hash(assigned) == hash(configured)
+    assigned.calibration_params = assigned.target_sparse_ratio = None
+    assert assigned == FlashSkipSoftmax()
+
+
+@pytest.mark.parametrize(
+    ("config", "block_size", "message"),
+    [
+        ({"br": 64}, 128, "'br' .* is 64; to be served it must be 128"),
+        ({"bc": 256}, 128, "'bc' .* is 256; to be served it must be 128"),
+        ({}, 64, "'br' .* is 128; to be served it must be 64"),
+        ({"is_causal": False}, 128, "'is_causal' .* is False; to be served it must be True"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_knob(config, block_size, message):
+    with pytest.raises(UnsupportedError, match=message):
+        FlashSkipSoftmax(config).check_servable(block_size)
+
+
+def test_the_defaults_are_served_with_blocks_of_128():
+    FlashSkipSoftmax().check_servable(128)
+    FlashSkipSoftmax({"br": 64, "bc": 64}).check_servable(64)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"threshold": {"prefill": 1.0}},
+        {"threshold": {"prefill": -0.1}},
+        {"threshold": {"prefill": math.nan}},
+        {"threshold": {"training": 0.1}},
+        {"thresholds": {"prefill": []}},
+        {"thresholds": {"prefill": [0.1] * 65}},
+        {"threshold": {"prefill": 0.1}, "thresholds": {"prefill": [0.1]}},
+        {"br": 0},
+        {"bc": 4097},
+        {"backend": "triton"},
+        {"calibration_params": {"prefill": {"a": -1.0, "b": 1.0}}},
+        {"calibration_params": {"prefill": {"a": 1.0, "b": 1.0, "c": 1.0}}},
+        {"target_sparse_ratio": {"prefill": 1.0}},
+    ],
+)
+def test_knobs_out_of_bounds_are_refused(config):
+    with pytest.raises(InvalidKnobsError):
+        FlashSkipSoftmax(config)
