@@ -17,8 +17,8 @@ import typer
 
 from benchmarks.report import save
 from service.engine.engine import Engine
-from service.engine.generation import build_sequence
 from service.engine.events import NoEvents
+from service.engine.generation import build_sequence
 from service.engine.sequence import SamplingParams, Sequence, Update
 from service.models.attention import NAME
 from service.models.loading import LoadedModel, load_model

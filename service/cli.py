@@ -1,59 +1,150 @@
 """The command line: ``serve``, ``generate`` and ``methods``.
 
-Options mirror ``Settings`` field by field; keys come from the environment only, where no other
-user of the machine can read them.
+Options are made from the fields of ``Settings`` and of the HTTP request. API keys come from the
+environment only, where other users of the machine cannot read them.
 """
 
 import asyncio
-import inspect
 import sys
-from collections.abc import Callable
-from functools import partial
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
+import orjson
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
+from service.api.schemas import SamplingFields
+from service.errors import ServiceError
+from service.options import OptionGroup, with_options
 from service.settings import Settings
+from service.terminal import LoadingBar, methods_markdown, methods_table, sparsity_table
+from sparse_methods import SparseAttentionMethod, SparseMethodError, get_sparse_method
 
-app = typer.Typer(help="Serve a causal LM with sparse attention per request.", no_args_is_help=True)
-_out, _err = Console(), Console(stderr=True)
+if TYPE_CHECKING:
+    from service.engine.engine import Engine
+    from service.engine.events import EngineEvents
+    from service.engine.sequence import SamplingParams
 
-_SECRET_FIELDS = {"api_keys"}
-_SERVER_FIELDS = {
-    "host", "port", "metrics_need_key", "max_body_bytes", "shutdown_timeout_s", "stall_timeout_s"
-}  # fmt: skip
+app = typer.Typer(
+    help="Serve a causal LM whose sparse attention method each request chooses.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # locals may hold a prompt
+)
 
-
-def with_settings(*, without: set[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command, whose first parameter is the settings, an option per field of them."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        fields = {n: f for n, f in Settings.model_fields.items() if n not in without}
-        own = list(inspect.signature(command).parameters.values())[1:]
-        options = [_option(name, field.annotation, field.description) for name, field in fields.items()]
-
-        def run(**values: Any) -> None:  # noqa: ANN401 - whatever the options hold
-            given = {n: values.pop(n) for n in fields}
-            command(_settings(given), **values)
-
-        run.__doc__ = command.__doc__
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *options]]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        return run
-
-    return decorate
+_HTTP_ONLY = ("host", "port", "metrics_need_key", "max_body_bytes", "shutdown_timeout_s")
 
 
 @app.command()
-@with_settings(without=_SECRET_FIELDS)
+@with_options(settings=OptionGroup(Settings))
 def serve(settings: Settings) -> None:
-    """Serve over HTTP; prints the address once requests are taken."""
-    from service.api.console import Loading
+    """Serve over HTTP; prints the address as soon as requests are taken."""
+    # Imported here: torch and transformers take seconds, and --help should not.
     from service.engine.engine import Engine
     from service.logs import configure_logging
     from service.main import create_app
     from service.server import Server
+
+    _resolve(settings.method, None, {})
+    configure_logging(settings.log_level)
+    with LoadingBar(Console(stderr=True)) as bar:
+
+        def load(events: "EngineEvents") -> Engine:
+            return Engine.load(settings, events, bar)
+
+        def announce(address: str) -> None:
+            bar.stop()
+            typer.echo(address)
+
+        fastapi_app = create_app(settings, load)
+        server = Server(settings, fastapi_app, announce)
+        server.run()
+    failure = fastapi_app.state.holder.failure
+    if failure is not None:
+        typer.echo(f"The model could not be loaded: {failure}", err=True)
+    raise typer.Exit(server.exit_code)
+
+
+@app.command()
+@with_options(
+    settings=OptionGroup(Settings, without=_HTTP_ONLY),
+    sampling=OptionGroup(SamplingFields, without=("n", "logprobs")),
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to complete; - reads standard input.")],
+    settings: Settings,
+    sampling: SamplingFields,
+    version: Annotated[str | None, typer.Option(help="Version of the method.")] = None,
+    knob: Annotated[list[str] | None, typer.Option(help="A knob as name=value.")] = None,
+) -> None:
+    """Complete one prompt here, and show what attention left out."""
+    from service.engine.engine import Engine
+    from service.engine.events import NoEvents
+
+    method = _resolve(settings.method, version, dict(_knob(text) for text in knob or []))
+    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        with LoadingBar(Console(stderr=True)) as bar:
+            engine = Engine.load(settings, NoEvents(), bar)
+        engine.start()
+        try:
+            asyncio.run(_stream(engine, method, sampling.sampling(), text))
+        finally:
+            engine.stop()
+    except (ServiceError, SparseMethodError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def methods(
+    *,
+    markdown: Annotated[bool, typer.Option(help="Print the table of the README.")] = False,
+) -> None:
+    """List every sparse attention method with its versions and knobs."""
+    if markdown:
+        typer.echo(methods_markdown())
+    else:
+        Console().print(methods_table())
+
+
+async def _stream(
+    engine: "Engine", method: SparseAttentionMethod, sampling: "SamplingParams", prompt: str
+) -> None:
+    from service.engine.generation import GenerationRequest
+
+    request = GenerationRequest(
+        request_id="cli", prompt=prompt, prompt_ids=None, method=method, sampling=sampling
+    )
+    async with await engine.submit(request) as generation:
+        async for _, update in generation:
+            typer.echo(update.text, nl=False)
+            if update.finish is None:
+                continue
+            timing, num_tokens = update.finish.timing, update.finish.num_generated_tokens
+            typer.echo()
+            console = Console(stderr=True)  # so that the text alone can be piped
+            console.print(sparsity_table(update.finish.statistics))
+            console.print(
+                f"{len(generation.prompt_ids)} prompt tokens, {num_tokens} new tokens;"
+                f" first after {timing.time_to_first_token_s:.3f} s, all after"
+                f" {timing.total_s:.3f} s; {method.registered_name} {method.registered_version}",
+                highlight=False,
+            )
+
+
+def _resolve(name: str, version: str | None, knobs: dict[str, Any]) -> SparseAttentionMethod:
+    try:
+        return get_sparse_method(name, version)(knobs)
+    except SparseMethodError as error:
+        raise typer.BadParameter(str(error), param_hint="--method") from None
+
+
+def _knob(text: str) -> tuple[str, Any]:
+    """Split name=value; the value is JSON if it can be read as such, else a string."""
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise typer.BadParameter(f"{text[:64]!r} is not of the form name=value.")
+    try:
+        return name, orjson.loads(value)
+    except orjson.JSONDecodeError:
+        return name, value

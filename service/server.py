@@ -1,5 +1,6 @@
 """Running the application: readiness is announced, SIGTERM drains, and the exit status is true."""
 
+import asyncio
 import logging
 import math
 import time
@@ -48,7 +49,7 @@ class Server(uvicorn.Server):
     @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; on a second signal, stop at once."""
-        # uvicorn would remember the signal and raise it again at the end: the status would not be 0.
+        # uvicorn's own handler raises the signal again at the end; the status would not be 0.
         if self._drain_until < math.inf:
             self._drain_until = 0.0
             return
@@ -73,7 +74,11 @@ class Server(uvicorn.Server):
         # A request still being read or encoded is not the engine's yet, but has a task.
         if await self._holder.is_idle() and not self.server_state.tasks:
             return True
-        return time.monotonic() >= self._drain_until
+        if time.monotonic() < self._drain_until:
+            return False
+        _log.warning("requests still ran when the time to drain was over")
+        await asyncio.to_thread(self._holder.stop)  # their clients are told
+        return True
 
     def _has_failed(self) -> bool:
         if self._holder.failure is not None:
@@ -86,11 +91,3 @@ class Server(uvicorn.Server):
     def _address(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    @override
-    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        """End what still runs, so that its clients are told, then close the connections."""
-        if not await self._holder.is_idle():
-            _log.warning("generations still ran when the time to drain was over")
-        self._holder.stop()
-        await super().shutdown()

@@ -4,10 +4,10 @@ The public functions and their behaviour follow NVIDIA ModelOpt (commit 9e38041d
 """
 
 import difflib
+import functools
 import importlib
 import pkgutil
 import re
-import threading
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,7 +18,6 @@ from sparse_methods.method import SparseAttentionMethod
 MethodClass = TypeVar("MethodClass", bound=type[SparseAttentionMethod])
 
 _registry: dict[str, dict[str, type[SparseAttentionMethod]]] = {}
-_discovery_lock = threading.RLock()
 _MAX_ECHO = 64  # characters of a client's spelling repeated in an error
 
 
@@ -79,12 +78,12 @@ def _versions(name: str) -> dict[str, type[SparseAttentionMethod]]:
     return _registry[name]
 
 
+@functools.cache
 def _discover() -> None:
     """Import every module of ``sparse_methods.methods``, each of which registers its class."""
     package = importlib.import_module("sparse_methods.methods")
-    with _discovery_lock:
-        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-            importlib.import_module(module.name)
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
 
 
 def _numeric_parts(version: str) -> list[int]:

@@ -10,7 +10,8 @@ from fastapi import Depends, Query, Request
 
 from service.api.holder import EngineHolder
 from service.api.schemas import MethodFields, SamplingFields
-from service.engine.engine import Engine, Generation, GenerationRequest
+from service.engine.engine import Engine
+from service.engine.generation import Generation, GenerationRequest
 from service.errors import BadRequestError
 from sparse_methods import SparseAttentionMethod, get_sparse_method
 
@@ -108,11 +109,10 @@ async def submit(
     engine: Engine, chosen: ChosenMethod, body: SamplingFields, prompt: str | list[int]
 ) -> AsyncIterator[Submission]:
     """Hand a prompt to the engine; leaving the context aborts what still runs."""
-    is_text = isinstance(prompt, str)
     request = GenerationRequest(
         request_id=f"gen-{secrets.token_hex(12)}",
-        prompt=prompt if is_text else None,
-        prompt_ids=None if is_text else prompt,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_ids=None if isinstance(prompt, str) else prompt,
         method=chosen.method,
         sampling=body.sampling(),
         n=body.n,

@@ -85,7 +85,7 @@ class EngineHolder:
     def _run(self, events: EngineEvents) -> None:
         try:
             engine = self._load(events)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to
             _log.exception("the model could not be loaded")
             self.failure = error
             return

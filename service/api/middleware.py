@@ -50,7 +50,7 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_headers)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the outermost frame of a request
             _log.exception("request failed", extra={"request_id": request_id})
             if status == 0:
                 await error_response(error)(scope, receive, send_with_headers)

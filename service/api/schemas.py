@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from service.engine.sequence import SamplingParams
 from service.errors import BadRequestError
@@ -112,8 +112,8 @@ class GenerateRequest(MethodFields, SamplingFields):
     prompt: str | None = Field(
         None, description="Text to complete; exactly one of this and prompt_token_ids."
     )
-    prompt_token_ids: Annotated[list[TokenId], FailFast()] | None = Field(
-        None, description="Tokens to complete; exactly one of this and prompt."
+    prompt_token_ids: list[TokenId] | None = Field(
+        None, fail_fast=True, description="Tokens to complete; exactly one of this and prompt."
     )
     stream: bool = Field(False, description="Whether to send server-sent events.")  # noqa: FBT003 - a default
 

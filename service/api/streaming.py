@@ -65,8 +65,7 @@ class EventStream(Response):
         try:
             async for event in self._events:
                 yield b"data: " + orjson.dumps(event) + b"\n\n"
-        except Exception as error:
-            # The status has been sent: what is left is to say so and to end the stream properly.
+        except Exception as error:  # noqa: BLE001 - the status is out; say it in the stream
             if not isinstance(error, ServiceError):
                 _log.exception("a stream failed")
             yield b"data: " + orjson.dumps(describe_error(error).model_dump()) + b"\n\n"

@@ -12,7 +12,7 @@ from sparse_methods import get_sparse_method
 def packed_logits(
     runner: ModelRunner, prompts: list[list[int]], max_chunk_tokens: int
 ) -> list[torch.Tensor]:
-    """Run prompts as one mixed batch under ``dense``; the second half of each is decoded.
+    """Run prompts as one mixed batch under ``dense``; the last tokens of each are decoded.
 
     Every prompt takes two prefill chunks, then one token per step, so that a step mixes both.
 
@@ -40,8 +40,11 @@ def packed_logits(
             chunk.sequence.num_computed_tokens = chunk.stop
 
 
+_MAX_DECODED = 16  # tokens of a prompt that are computed one by one, a step each
+
+
 def _sequence(prompt: list[int]) -> Sequence:
-    half = max(1, len(prompt) // 2)
+    half = max(1, len(prompt) // 2, len(prompt) - _MAX_DECODED)
     return Sequence(
         request_id="trial",
         prompt_ids=prompt[:half],

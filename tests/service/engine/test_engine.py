@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from service.engine.engine import Engine
-from service.engine.generation import GenerationRequest
 from service.engine.events import NoEvents
+from service.engine.generation import GenerationRequest
 from service.engine.sequence import FinishReason, SamplingParams
 from service.errors import (
     BadRequestError,

@@ -1,0 +1,119 @@
+"""What the command line draws: the loading bar and the tables."""
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from sparse_methods import Phase, SparseAttentionMethod, get_sparse_method, list_sparse_methods
+from sparse_methods.statistics import PhaseStatistics, RequestStatistics
+
+
+class LoadingBar:
+    """One bar per stage of loading; called from the thread that loads."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._stages: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` parts of a stage are finished."""
+        if stage not in self._stages:
+            self._stages[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._stages[stage], completed=done, total=total)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bars away; they are not needed twice."""
+        self._progress.stop()
+
+
+def methods_table() -> Table:
+    """Every method version with its knobs, for a terminal."""
+    table = Table("Method", "Version", "Phases", "What it does", "Knobs", show_lines=True)
+    for cls in _method_classes():
+        lines = "\n".join(_knobs(cls))
+        phases = ", ".join(cls.phases)
+        name, version = cls.registered_name, cls.registered_version
+        table.add_row(name, version, phases, cls.description(), lines)
+    return table
+
+
+def methods_markdown() -> str:
+    """The same table in Markdown, as the README has it."""
+    rows = [
+        "| Method | Version | Phases | What it does | Knobs | Source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cls in _method_classes():
+        cells = (
+            f"`{cls.registered_name}`",
+            cls.registered_version,
+            ", ".join(cls.phases),
+            cls.description(),
+            "<br>".join(_knobs(cls)) or "none",
+            " ".join(cls.source.split()),
+        )
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def sparsity_table(statistics: RequestStatistics) -> Table:
+    """What attention left out of one generation."""
+    table = Table("Phase", "Blocks", "Selected", "Skipped", "Density", "Sparsity", "KV bytes read")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows: list[tuple[str, PhaseStatistics]] = [(p.value, statistics.phase(p)) for p in Phase]
+    for name, counts in [*rows, ("overall", statistics.overall)]:
+        table.add_row(
+            name,
+            f"{counts.blocks_total:,}",
+            f"{counts.blocks_selected:,}",
+            f"{counts.blocks_skipped:,}",
+            f"{counts.density:.3f}",
+            f"{counts.sparsity:.3f}",
+            f"{counts.kv_bytes_read:,} of {counts.kv_bytes_dense:,}",
+        )
+    return table
+
+
+def _method_classes() -> Iterable[type[SparseAttentionMethod]]:
+    for name, versions in list_sparse_methods().items():
+        for version in versions:
+            yield get_sparse_method(name, version)
+
+
+def _knobs(cls: type[SparseAttentionMethod]) -> list[str]:
+    properties: dict[str, dict[str, Any]] = cls.Knobs.model_json_schema().get("properties", {})
+    return [_knob(name, schema) for name, schema in properties.items()]
+
+
+def _knob(name: str, schema: dict[str, Any]) -> str:
+    limits = [
+        f"{sign} {schema[key]}"
+        for key, sign in (
+            ("minimum", ">="),
+            ("exclusiveMinimum", ">"),
+            ("maximum", "<="),
+            ("exclusiveMaximum", "<"),
+        )
+        if key in schema
+    ]
+    text = f"{name} = {schema.get('default')}"
+    text += f" ({', '.join(limits)})" if limits else ""
+    return f"{text}: {schema['description']}" if "description" in schema else text
