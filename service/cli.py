@@ -148,3 +148,7 @@ def _knob(text: str) -> tuple[str, Any]:
         return name, orjson.loads(value)
     except orjson.JSONDecodeError:
         return name, value
+
+
+if __name__ == "__main__":
+    app()

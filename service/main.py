@@ -34,6 +34,7 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         holder.start(metrics)
         yield
         await asyncio.to_thread(holder.stop)
+        gc.unfreeze()  # or extension modules report what is frozen as leaked
 
     app = FastAPI(
         title="sparseserve",

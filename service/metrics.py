@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -25,6 +25,7 @@ class Metrics:
     """Counts the engine's events; the labels ``method`` and ``version`` are the registry's."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a second series per counter that nobody asks for
         self._registry = CollectorRegistry()
         self._declare_request_metrics()
         self._declare_attention_metrics()

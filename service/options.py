@@ -77,8 +77,7 @@ def _option(field: FieldInfo) -> Any:  # noqa: ANN401 - as Typer declares it
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     default = field.get_default(call_default_factory=True, validated_data={})
     return typer.Option(
-        help=field.description,
-        show_default=False if default is None else str(default),
+        help=f"{field.description}" + ("" if default is None else f" Default: {default}."),
         metavar="[" + "|".join(choices) + "]" if choices else None,
     )
 

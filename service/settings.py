@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Keys, comma-separated; empty lets everybody in."
     )
-    metrics_need_key: bool = Field(default=False, description="Whether /metrics asks for a key, too.")
+    metrics_need_key: bool = Field(default=False, description="Whether /metrics asks for a key.")
     max_body_bytes: int = Field(
         8 * 2**20, ge=1024, le=2**30, description="Largest request body accepted."
     )

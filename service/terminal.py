@@ -5,11 +5,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from sparse_methods import Phase, SparseAttentionMethod, get_sparse_method, list_sparse_methods
-from sparse_methods.statistics import PhaseStatistics, RequestStatistics
+from sparse_methods.statistics import RequestStatistics
 
 
 class LoadingBar:
@@ -45,12 +46,11 @@ class LoadingBar:
 
 def methods_table() -> Table:
     """Every method version with its knobs, for a terminal."""
-    table = Table("Method", "Version", "Phases", "What it does", "Knobs", show_lines=True)
+    table = Table("Method", "What it does, and its knobs", show_lines=True)
+    table.columns[0].no_wrap = True
     for cls in _method_classes():
-        lines = "\n".join(_knobs(cls))
-        phases = ", ".join(cls.phases)
-        name, version = cls.registered_name, cls.registered_version
-        table.add_row(name, version, phases, cls.description(), lines)
+        name = f"{cls.registered_name}\n{cls.registered_version}\n{', '.join(cls.phases)}"
+        table.add_row(escape(name), escape("\n".join([cls.description(), *_knobs(cls)])))
     return table
 
 
@@ -75,11 +75,13 @@ def methods_markdown() -> str:
 
 def sparsity_table(statistics: RequestStatistics) -> Table:
     """What attention left out of one generation."""
-    table = Table("Phase", "Blocks", "Selected", "Skipped", "Density", "Sparsity", "KV bytes read")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    rows: list[tuple[str, PhaseStatistics]] = [(p.value, statistics.phase(p)) for p in Phase]
-    for name, counts in [*rows, ("overall", statistics.overall)]:
+    decode = statistics.phase(Phase.DECODE)
+    caption = f"decoding read {decode.kv_bytes_read:,} of {decode.kv_bytes_dense:,} KV bytes"
+    table = Table("Phase", caption=caption)
+    for column in ("Blocks", "Selected", "Skipped", "Density", "Sparsity"):
+        table.add_column(column, justify="right")
+    rows = {**{p.value: statistics.phase(p) for p in Phase}, "overall": statistics.overall}
+    for name, counts in rows.items():
         table.add_row(
             name,
             f"{counts.blocks_total:,}",
@@ -87,7 +89,6 @@ def sparsity_table(statistics: RequestStatistics) -> Table:
             f"{counts.blocks_skipped:,}",
             f"{counts.density:.3f}",
             f"{counts.sparsity:.3f}",
-            f"{counts.kv_bytes_read:,} of {counts.kv_bytes_dense:,}",
         )
     return table
 

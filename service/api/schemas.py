@@ -12,6 +12,7 @@ _MAX_TOKEN_ID = 2**31 - 1
 
 SparsityDetail = Literal["none", "summary", "layer", "head"]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
+_Stop = str | list[str] | None  # what a client may send
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -55,7 +56,7 @@ class SamplingFields(BaseModel):
     seed: int | None = Field(
         None, ge=-_INT64, lt=_INT64, description="Makes sampling repeatable; null draws one."
     )
-    stop: Annotated[list[StopString], BeforeValidator(_as_list, json_schema_input_type=Any)] = (
+    stop: Annotated[list[StopString], BeforeValidator(_as_list, json_schema_input_type=_Stop)] = (
         Field(
             default_factory=list,
             max_length=16,

@@ -1,7 +1,9 @@
 """The paged KV cache: its tensors, and which pages are whose."""
 
+import math
 from collections.abc import Sequence as Items
 
+import numpy as np
 import torch
 
 from service.engine.sequence import Sequence
@@ -28,10 +30,19 @@ def allocate_caches(
     caches = []
     for layer in geometries:
         shape = (num_pages, page_size, layer.num_kv_heads)
-        keys = torch.zeros(*shape, layer.head_dim, dtype=dtype, device=device)
-        values = torch.zeros(*shape, layer.value_dim, dtype=dtype, device=device)
+        keys = _zeros((*shape, layer.head_dim), dtype, device)
+        values = _zeros((*shape, layer.value_dim), dtype, device)
         caches.append((keys, values))
     return caches
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy asks for zeroed memory, which the kernel hands out when it is first touched; torch
+    # would write all of it now: seconds, and gigabytes that may never be used.
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class PageAllocator:

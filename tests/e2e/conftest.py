@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ class Server:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "service.cli", "serve", "--port", str(self.port)]
+        self.log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop the server
         self.process = subprocess.Popen(
             [*command, *options],
             cwd=ROOT,
             env={**os.environ, **(env or {})},
-            stdout=subprocess.PIPE,
+            stdout=self.log,
             stderr=subprocess.STDOUT,
-            text=True,
         )
         self.client = httpx.Client(base_url=self.url, timeout=100)
 
@@ -77,13 +78,21 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            output, _ = self.process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
+            self.process.wait(timeout_s)
         finally:
-            self.client.close()
-        return output
+            self.close()
+        return self.output
+
+    def close(self):
+        """End the process, whatever it does, and keep what it logged."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.client.close()
+        if not self.log.closed:
+            self.log.seek(0)
+            self.output = self.log.read()
+            self.log.close()
 
 
 @pytest.fixture(scope="session")
@@ -104,10 +113,7 @@ def start_server():
 
     yield start
     for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-            one.process.communicate()
-        one.client.close()
+        one.close()
 
 
 @pytest.fixture(scope="session")

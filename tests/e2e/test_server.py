@@ -195,7 +195,9 @@ def test_termination_lets_running_requests_finish(start_server):
     thread.join(60)
     assert answers[0]["usage"]["completion_tokens"] == 150
     assert server.process.wait(30) == 0
-    server.process.stdout.close()
+    log = server.stop()
+    assert "It was" not in log  # no prompt in the log
+    assert all(line.startswith("{") for line in log.splitlines() if "request" in line)
 
 
 def test_while_the_model_loads_only_liveness_answers_200(start_server):
@@ -206,6 +208,7 @@ def test_while_the_model_loads_only_liveness_answers_200(start_server):
         try:
             if server.client.get("/health/live").status_code == 200:
                 statuses.add(server.client.get("/health/ready").status_code)
+            time.sleep(0.02)
         except httpx.TransportError:
             time.sleep(0.02)
     assert 503 in statuses
