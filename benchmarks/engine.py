@@ -168,7 +168,8 @@ def _run_padded(loaded: LoadedModel, work: Work) -> None:
 
 
 def _run_continuous(loaded: LoadedModel, work: Work) -> None:
-    with _plain(loaded, "sdpa") as model, torch.inference_mode():
+    # Its buffers outlive a call, so inference mode, which would freeze them, is not an option.
+    with _plain(loaded, "sdpa") as model, torch.no_grad():
         config = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         with model.continuous_batching_context_manager(generation_config=config) as manager:
             for index, (prompt, num_new) in enumerate(work):

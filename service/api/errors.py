@@ -120,10 +120,12 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def documented_errors(*statuses: int) -> dict[int | str, dict[str, object]]:
     """The OpenAPI entries of error answers."""
-    return {
+    entries: dict[int | str, dict[str, object]] = {
         status: {"model": ErrorResponse, "description": _TYPES.get(status, "InternalServerError")}
         for status in statuses
     }
+    # Without a default FastAPI would document its 422, which nobody ever gets.
+    return entries | {"default": {"model": ErrorResponse, "description": "Any other error"}}
 
 
 async def _answer_error(_request: Request, error: Exception) -> Response:

@@ -88,7 +88,12 @@ class Tokenizer:
                 "the model needs a tokenizer.json"
             )
         own = () if loaded.eos_token_id is None else (loaded.eos_token_id,)
-        return cls(backend, {*own, *eos_token_ids})
+        tokenizer = cls(backend, {*own, *eos_token_ids})
+        if not tokenizer._text_ids:  # transformers makes one up for a model that brought none
+            raise ModelNotSupportedError(
+                f"There is no tokenizer in {model_dir}; the model needs a tokenizer.json"
+            )
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, with the special tokens the model expects around it.

@@ -6,12 +6,12 @@ An implementation asked for by name never falls back; ``auto`` takes the best th
 from collections.abc import Callable
 
 from sparse_methods.errors import UnsupportedError
+from sparse_methods.kernels import reference
 from sparse_methods.kernels.operation import AttentionInputs, AttentionOutputs
-from sparse_methods.kernels.reference import attend as reference
 
 Implementation = Callable[[AttentionInputs], AttentionOutputs]
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference}
+IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference.attend}
 
 
 def pick_implementation(name: str = "auto") -> tuple[str, Implementation]:

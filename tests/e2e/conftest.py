@@ -27,7 +27,8 @@ class Server:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "service.cli", "serve", "--port", str(self.port)]
-        self.log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop the server
+        # A file, because a pipe that nobody reads would stop the server.
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the server
         self.process = subprocess.Popen(
             [*command, *options],
             cwd=ROOT,

@@ -172,8 +172,7 @@ async def http_client(
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
-        while not app.state.holder.is_loaded:
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(wait_until, lambda: app.state.holder.is_loaded)
         yield client
 
 

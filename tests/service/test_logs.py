@@ -2,6 +2,8 @@
 
 import io
 import logging
+import sys
+from typing import Any
 
 import orjson
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from service.logs import JsonFormatter, configure_logging
 from tests.service.fake_engine import FakeEngine, http_client
 
-SECRET = "the-prompt-nobody-may-log"
+PRIVATE = "the-prompt-nobody-may-log"
 
 
 @pytest.fixture
@@ -22,21 +24,20 @@ def log():
     root.handlers, root.level = before, level
 
 
-def lines(log: io.StringIO) -> list[dict]:
+def lines(log: io.StringIO) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in log.getvalue().splitlines()]
 
 
-def record_of(error: Exception) -> dict:
+def record_of(error: Exception) -> dict[str, Any]:
     try:
         raise error
     except type(error):
         record = logging.LogRecord("x", logging.ERROR, "", 0, "failed", None, None)
-        import sys
-
         record.exc_info = sys.exc_info()
     text = JsonFormatter().format(record)
     assert "\n" not in text
-    return orjson.loads(text)
+    entry: dict[str, Any] = orjson.loads(text)
+    return entry
 
 
 def test_a_record_is_one_line_with_its_extra_fields(log: io.StringIO) -> None:
@@ -49,10 +50,10 @@ def test_a_record_is_one_line_with_its_extra_fields(log: io.StringIO) -> None:
 
 
 def test_an_exception_that_may_quote_input_keeps_its_words_to_itself() -> None:
-    entry = record_of(ValueError(SECRET))
+    entry = record_of(ValueError(PRIVATE))
     assert entry["error"] == "ValueError"
     assert "record_of" in entry["frames"][-1]
-    assert SECRET not in str(entry)
+    assert PRIVATE not in str(entry)
 
 
 def test_an_exception_of_the_machine_is_told_in_full() -> None:
@@ -64,15 +65,15 @@ def test_an_exception_of_the_machine_is_told_in_full() -> None:
 async def test_requests_are_logged_without_any_of_their_text(log: io.StringIO) -> None:
     engine = FakeEngine()
     async with http_client(engine) as client:
-        body = {"prompt": SECRET, "method_params": {"window_blocks": 2}}
+        body = {"prompt": PRIVATE, "method_params": {"window_blocks": 2}}
         await client.post("/generate", json=body, headers={"X-Request-Id": "r-1"})
-        await client.post("/generate?method=" + SECRET, json=body)
-        await client.get("/" + SECRET)
-        engine.refusal = KeyError(SECRET)
+        await client.post("/generate?method=" + PRIVATE, json=body)
+        await client.get("/" + PRIVATE)
+        engine.refusal = KeyError(PRIVATE)
         await client.post("/generate", json=body)
     # httpx logs its own requests in this process; only the server's lines are looked at.
     entries = [line for line in lines(log) if line["logger"].startswith("service")]
-    assert SECRET not in str(entries)
+    assert PRIVATE not in str(entries)
     access = [entry for entry in entries if entry["logger"] == "service.access"]
     assert [(entry["route"], entry["status"]) for entry in access] == [
         ("/generate", 200),

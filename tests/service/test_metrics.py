@@ -13,7 +13,7 @@ from tests.service.fake_engine import FakeEngine, fake_sequence, finish
 LABELS = {"method": "dense", "version": "v1"}
 
 
-def samples(metrics: Metrics) -> dict[tuple[str, frozenset], float]:
+def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     content, content_type = metrics.render()
     assert content_type.startswith("text/plain")
     return {

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from typing import Any
 
 import httpx
 import orjson
@@ -26,12 +27,12 @@ def engine() -> FakeEngine:
     return FakeEngine()
 
 
-async def post(engine: FakeEngine, body: dict, query: str = "") -> httpx.Response:
+async def post(engine: FakeEngine, body: dict[str, Any], query: str = "") -> httpx.Response:
     async with http_client(engine) as client:
         return await client.post("/generate" + query, json={"prompt": "p", **body})
 
 
-def events_of(text: str) -> list[dict]:
+def events_of(text: str) -> list[dict[str, Any]]:
     lines = [line for line in text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]"
     return [orjson.loads(line.removeprefix("data: ")) for line in lines[:-1]]

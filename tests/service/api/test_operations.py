@@ -66,8 +66,8 @@ async def test_while_the_model_loads_all_but_probes_and_metrics_wait() -> None:
             assert "retry-after" in response.headers
         assert (await client.post("/generate", content=b"{")).status_code == 503
         may_load.set()
-        while (await client.get("/health")).status_code != 200:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: app.state.holder.is_loaded)
+        assert (await client.get("/health")).status_code == 200
 
 
 def test_a_server_whose_model_cannot_be_loaded_ends_with_an_error() -> None:

@@ -165,7 +165,9 @@ def test_a_token_has_bytes_for_reports_even_if_it_is_special_or_part_of_a_charac
     assert BYTE_LEVEL.token_bytes(EOS) == b"<|eos|>"
     assert BYTE_FALLBACK.token_bytes(EOS) == b"</s>"
     assert BYTE_FALLBACK.token_bytes(BYTE_FALLBACK.encode("🚀")[1]) == b"\xf0"
-    assert b"".join(map(BYTE_LEVEL.token_bytes, BYTE_LEVEL.encode("🚀 é"))) == "🚀 é".encode()
+    bos, *ids = BYTE_LEVEL.encode("🚀 é")
+    assert BYTE_LEVEL.token_bytes(bos) == b"<|bos|>"
+    assert b"".join(map(BYTE_LEVEL.token_bytes, ids)) == "🚀 é".encode()
     assert BYTE_LEVEL.token_bytes(2**40) == b""
 
 
