@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
     """Settings from the environment (prefix ``SPARSESERVE_``) or the command line."""
 
-    model_config = SettingsConfigDict(env_prefix="SPARSESERVE_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="SPARSESERVE_", frozen=True, extra="ignore", hide_input_in_errors=True
+    )
 
     model: Path | None = Field(
         None, description="Directory of a Hugging Face model; unset serves the built-in model."
@@ -55,3 +57,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe records that are logged."
     )
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        """The environment holds the keys in one string, separated by commas."""
+        if isinstance(value, str):
+            return tuple(key.strip() for key in value.split(",") if key.strip())
+        return value

@@ -34,7 +34,7 @@ class Phase(StrEnum):
 class Knobs(BaseModel):
     """What a client may set on a method; each has a default, bounds, a unit and a description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 _Knobs = Knobs  # inside a method's class body, Knobs is that method's own

@@ -157,7 +157,7 @@ class EngineCore:
         return finish
 
     def _fail(self, sequence: Sequence, error: ServiceError) -> Update:
-        self._finish(sequence, FinishReason.ABORT, None)
+        self._finish(sequence, FinishReason.ERROR, None)
         return Update(error=error)
 
     def _forget(self, sequence: Sequence) -> None:
