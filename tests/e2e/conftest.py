@@ -36,9 +36,9 @@ class Server:
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
-        self.client = httpx.Client(base_url=self.url, timeout=100)
+        self.client = httpx.Client(base_url=self.url, timeout=280)
 
-    def wait_ready(self, timeout_s=60):
+    def wait_ready(self, timeout_s=120):
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with contextlib.suppress(httpx.TransportError):

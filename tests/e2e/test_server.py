@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+pytestmark = pytest.mark.timeout(300)  # real prompts on two slow cores
+
 SKIP = {"threshold": {"prefill": 0.5, "decode": 0.5}}
 
 
