@@ -5,6 +5,7 @@ environment only, where other users of the machine cannot read them.
 """
 
 import asyncio
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,9 +59,13 @@ def serve(settings: Settings) -> None:
         fastapi_app = create_app(settings, load)
         server = Server(settings, fastapi_app, announce)
         server.run()
-    failure = fastapi_app.state.holder.failure
-    if failure is not None:
-        typer.echo(f"The model could not be loaded: {failure}", err=True)
+    holder = fastapi_app.state.holder
+    if holder.failure is not None:
+        typer.echo(f"The model could not be loaded: {holder.failure}", err=True)
+    if holder.is_busy:  # torch aborts the process if the interpreter ends under a thread of it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(server.exit_code)
     raise typer.Exit(server.exit_code)
 
 

@@ -7,6 +7,7 @@ the tokenizer for one, may quote the prompt, so of those only the class and the 
 import logging
 import sys
 import traceback
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TextIO
@@ -28,6 +29,9 @@ _TELLS_OF_THE_MACHINE = (
 _STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "color_message"}
 _MAX_FRAMES = 32
 
+# The request being handled, so that every record about it can be found by its id.
+current_request_id: ContextVar[str | None] = ContextVar("current_request_id", default=None)
+
 
 class JsonFormatter(logging.Formatter):
     """Writes a record as one line of JSON; fields given as ``extra`` are keys of it."""
@@ -40,6 +44,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if (request_id := current_request_id.get()) is not None:
+            entry["request_id"] = request_id
         extra = {key: value for key, value in vars(record).items() if key not in _STANDARD_FIELDS}
         entry |= extra
         if record.exc_info and record.exc_info[1] is not None:

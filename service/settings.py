@@ -1,9 +1,9 @@
 """Every operator setting: one frozen value, read once, passed in."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -65,3 +65,14 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(key.strip() for key in value.split(",") if key.strip())
         return value
+
+    @model_validator(mode="after")
+    def _leave_room_for_prefill(self) -> Self:
+        """Beside one token of every running request, a step must hold a block of a new prompt."""
+        needed = self.block_size + self.max_running_requests
+        if self.max_step_tokens < needed:
+            raise ValueError(
+                f"max_step_tokens is {self.max_step_tokens}, but block_size and"
+                f" max_running_requests together need {needed}: raise it or lower them"
+            )
+        return self

@@ -35,7 +35,14 @@ class EngineHolder:
         self._load = load
         self._engine: Engine | None = None
         self._is_draining = False
+        self._thread: threading.Thread | None = None
         self.failure: Exception | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread still loads or computes, so that the interpreter cannot end cleanly."""
+        is_loading = self._thread is not None and self._thread.is_alive()
+        return is_loading or (self._engine is not None and self._engine.status().is_alive)
 
     @property
     def engine(self) -> Engine:
@@ -55,8 +62,10 @@ class EngineHolder:
 
     def start(self, events: EngineEvents) -> None:
         """Begin to load; a failure is kept in ``failure``."""
-        thread = threading.Thread(target=self._run, args=(events,), name="loading", daemon=True)
-        thread.start()
+        self._thread = threading.Thread(
+            target=self._run, args=(events,), name="loading", daemon=True
+        )
+        self._thread.start()
 
     def drain(self) -> None:
         """Refuse new work from now on."""
@@ -89,7 +98,9 @@ class EngineHolder:
             _log.exception("the model could not be loaded")
             self.failure = error
             return
+        if self._is_draining:  # told to stop while loading
+            return
         engine.start()
         self._engine = engine
-        if self._is_draining:  # told to stop while loading
+        if self._is_draining:
             engine.drain()

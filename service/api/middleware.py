@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import error_response
 from service.errors import UnauthorizedError
+from service.logs import current_request_id
 
 _access_log = logging.getLogger("service.access")
 _log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class RequestContext:
         headers = {"X-Request-Id": request_id}
         scope.setdefault("state", {})["response_headers"] = headers
         started_at, status = time.monotonic(), 0
+        context = current_request_id.set(request_id)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -51,18 +53,18 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception as error:  # noqa: BLE001 - the outermost frame of a request
-            _log.exception("request failed", extra={"request_id": request_id})
+            _log.exception("request failed")
             if status == 0:
                 await error_response(error)(scope, receive, send_with_headers)
         finally:
-            self._record(scope, request_id, status, time.monotonic() - started_at)
+            self._record(scope, status, time.monotonic() - started_at)
+            current_request_id.reset(context)
 
-    def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", _NO_ROUTE)
         status = status or 499  # the client left before an answer began
         self._count(route, status)
         fields = {
-            "request_id": request_id,
             "http_method": scope["method"][:16],
             "route": route,
             "status": status,

@@ -45,7 +45,7 @@ class SamplingFields(BaseModel):
         0.0, ge=0, le=1, description="Least probability kept, relative to the most likely token's."
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, le=10, description="Divides the logits of tokens seen; 1 changes nothing."
+        1.0, ge=0.01, le=10, description="Divides the logits of tokens seen; 1 changes nothing."
     )
     presence_penalty: float = Field(
         0.0, ge=-2, le=2, description="Subtracted from the logits of tokens generated before."

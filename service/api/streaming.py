@@ -12,7 +12,6 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
 from service.api.errors import ClientGoneError, describe_error
-from service.errors import ServiceError
 
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
@@ -66,9 +65,10 @@ class EventStream(Response):
             async for event in self._events:
                 yield b"data: " + orjson.dumps(event) + b"\n\n"
         except Exception as error:  # noqa: BLE001 - the status is out; say it in the stream
-            if not isinstance(error, ServiceError):
+            answer = describe_error(error)
+            if answer.error.code == 500:
                 _log.exception("a stream failed")
-            yield b"data: " + orjson.dumps(describe_error(error).model_dump()) + b"\n\n"
+            yield b"data: " + orjson.dumps(answer.model_dump()) + b"\n\n"
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -14,6 +14,7 @@ from service.engine.scheduler import Chunk, Scheduler
 from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
 from service.engine.stopping import OutputBuilder
 from service.errors import GenerationError, ServiceError
+from sparse_methods.statistics import RequestStatistics
 
 
 @dataclass
@@ -44,6 +45,7 @@ class EngineCore:
         self._text_output = text_output
         self._live: dict[Sequence, _Progress] = {}
         self._in_step: list[Chunk] = []
+        self._updates: dict[Sequence, Update] = {}
 
     @property
     def has_work(self) -> bool:
@@ -79,6 +81,7 @@ class EngineCore:
     def step(self) -> dict[Sequence, Update]:
         """Run one step and return what it added to whom."""
         started_at = time.monotonic()
+        self._in_step, self._updates = [], {}
         chunks = self._in_step = self._scheduler.schedule()
         for _ in self._scheduler.preempted:
             self._events.preempted()
@@ -90,19 +93,22 @@ class EngineCore:
         logits, completed = self._runner.run(chunks)
         for chunk in chunks:
             chunk.sequence.num_computed_tokens = chunk.stop
-        updates = self._sample(logits, completed)
+        self._sample(logits, completed)
         self._events.step(
             _phase(chunks), time.monotonic() - started_at, sum(c.num_tokens for c in chunks)
         )
-        return updates
+        return self._updates
 
     def fail_step(self, error: ServiceError) -> dict[Sequence, Update]:
-        """Fail the sequences of the step that just raised; the others go on."""
+        """Fail the sequences of the step that just raised; the others go on.
+
+        Returns what the step had already added, too: some sequences may have ended in it.
+        """
         self._events.engine_error()
         sequences = [chunk.sequence for chunk in self._in_step if chunk.sequence in self._live]
         if not sequences:  # the scheduler itself failed: nobody is innocent
             sequences = list(self._live)
-        return {sequence: self._fail(sequence, error) for sequence in sequences}
+        return self._updates | {sequence: self._fail(sequence, error) for sequence in sequences}
 
     def fail_all(self, error: ServiceError, reason: str) -> dict[Sequence, Update]:
         """Fail every sequence, as the engine ends."""
@@ -111,20 +117,18 @@ class EngineCore:
             self._events.aborted(reason)
         return {sequence: self._fail(sequence, error) for sequence in sequences}
 
-    def _sample(self, logits: torch.Tensor, completed: list[Sequence]) -> dict[Sequence, Update]:
+    def _sample(self, logits: torch.Tensor, completed: list[Sequence]) -> None:
         if not completed:
-            return {}
+            return
         result = self._sampler.sample(logits, completed)
-        updates = {}
         for index, sequence in enumerate(completed):
             if index in result.failed:
                 self._events.engine_error()
                 failure = GenerationError("The model's output for this request is not a number.")
-                updates[sequence] = self._fail(sequence, failure)
+                self._updates[sequence] = self._fail(sequence, failure)
             else:
                 token_id, logprob = result.token_ids[index], result.logprobs[index]
-                updates[sequence] = self._append(sequence, token_id, logprob)
-        return updates
+                self._updates[sequence] = self._append(sequence, token_id, logprob)
 
     def _append(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> Update:
         progress = self._live[sequence]
@@ -146,23 +150,30 @@ class EngineCore:
         finish = Finish(
             reason=reason,
             stop_reason=stop_reason,
-            statistics=self._runner.statistics(sequence),
+            statistics=self._statistics(sequence, reason),
             timing=_timing(sequence),
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=0,
             num_generated_tokens=len(sequence.output_ids),
         )
-        self._forget(sequence)
+        self.discard(sequence)
         self._events.finished(sequence, finish)
         return finish
+
+    def _statistics(self, sequence: Sequence, reason: FinishReason) -> RequestStatistics:
+        """What was read; nothing for a failure, after which the device may not answer."""
+        if reason is FinishReason.ERROR:
+            return RequestStatistics()
+        return self._runner.statistics(sequence)
 
     def _fail(self, sequence: Sequence, error: ServiceError) -> Update:
         self._finish(sequence, FinishReason.ERROR, None)
         return Update(error=error)
 
-    def _forget(self, sequence: Sequence) -> None:
+    def discard(self, sequence: Sequence) -> None:
+        """Free what a sequence owns and say nothing; one that is unknown is left alone."""
         self._scheduler.remove(sequence)
-        del self._live[sequence]
+        self._live.pop(sequence, None)
 
 
 def _phase(chunks: list[Chunk]) -> str:

@@ -153,7 +153,7 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """State of the engine, read without waiting."""
-        age_s = time.monotonic() - self._loop.heartbeat
+        age_s = time.monotonic() - max(self._loop.heartbeat, self._runner.heartbeat)
         is_stalled = age_s > self.settings.stall_timeout_s
         reason = ""
         if not self._loop.is_alive:

@@ -1,5 +1,6 @@
 """One request at the engine's door: what is asked for, and the choices that come back."""
 
+import hashlib
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ def build_sequence(
     index: int,
 ) -> Sequence:
     """Make a sequence with its own random stream: choice ``index`` of a seeded request."""
-    seed = secrets.randbits(62) if sampling.seed is None else sampling.seed + index
-    generator = torch.Generator().manual_seed(seed % 2**63)
+    seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+    # torch's CPU generator takes 32 bits of a seed; the digest lets all bits of ours count.
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
     return Sequence(request_id, prompt_ids, method, sampling, generator)

@@ -17,6 +17,8 @@ from service.engine.sequence import Sequence, Update
 from service.errors import GenerationError, UnavailableError
 
 _log = logging.getLogger(__name__)
+_STOPPED = "The server was stopped before the generation ended."
+_FAILED = "The engine failed while it worked on this request."
 _IDLE_WAIT_S = 0.5  # how often an idle engine shows that it is alive
 
 
@@ -79,12 +81,20 @@ class EngineLoop:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """Fail whatever runs and end the thread."""
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Fail whatever runs and end the thread.
+
+        A thread that is in the middle of a long step for ``timeout_s`` is left to itself; clients
+        are told nonetheless.
+        """
         self._stopping.set()
         self._inbox.put(lambda: None)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        with self._admission:
+            self._is_closed = True
+        waiting = list(self._addresses)
+        self._deliver({sequence: Update(error=UnavailableError(_STOPPED)) for sequence in waiting})
 
     def add(self, sequence: Sequence, address: Address) -> None:
         """Hand a sequence to the engine; its updates go to ``address``.
@@ -96,16 +106,25 @@ class EngineLoop:
             if self._is_closed:
                 raise UnavailableError("The engine has stopped.")
             self._addresses[sequence] = address
-            self._inbox.put(lambda: self._core.add(sequence))
+            self._inbox.put(lambda: self._guard(sequence, lambda: self._core.add(sequence)))
 
     def abort(self, sequence: Sequence, reason: str) -> None:
         """End a sequence early and free its pages; one that has ended is left alone."""
 
         def command() -> None:
             if self._addresses.pop(sequence, None) is not None:
-                self._core.abort(sequence, reason)
+                self._guard(sequence, lambda: self._core.abort(sequence, reason))
 
         self._inbox.put(command)
+
+    def _guard(self, sequence: Sequence, command: Callable[[], None]) -> None:
+        """Run a command about one sequence; if it fails, only that sequence does."""
+        try:
+            command()
+        except Exception as error:  # noqa: BLE001 - one request must not end the engine
+            _log.error("engine command failed", exc_info=error)
+            self._core.discard(sequence)
+            self._deliver({sequence: Update(error=GenerationError(_FAILED))})
 
     def _run(self) -> None:
         try:
@@ -131,8 +150,12 @@ class EngineLoop:
         """Nobody may wait for an engine that has ended."""
         with self._admission:
             self._is_closed = True
-        failure = GenerationError("The server was stopped before the generation ended.")
-        updates = self._core.fail_all(failure, "shutdown")
+        failure = UnavailableError(_STOPPED)
+        updates: dict[Sequence, Update] = {}
+        try:
+            updates = self._core.fail_all(failure, "shutdown")
+        except Exception as error:  # noqa: BLE001 - whatever is broken, clients are told
+            _log.error("the engine did not end cleanly", exc_info=error)
         unheard = dict.fromkeys(list(self._addresses), Update(error=failure))
         self._deliver(unheard | updates)
 
@@ -141,8 +164,7 @@ class EngineLoop:
             return self._core.step()
         except Exception as error:  # noqa: BLE001 - the one frame that keeps the engine alive
             _log.error("engine step failed", exc_info=error)
-            failure = GenerationError("The engine failed while it worked on this request.")
-            return self._core.fail_step(failure)
+            return self._core.fail_step(GenerationError(_FAILED))
 
     def _deliver(self, updates: dict[Sequence, Update]) -> None:
         """Send updates up: one wake-up per event loop, however many sequences moved."""
@@ -153,7 +175,7 @@ class EngineLoop:
                 continue
             by_loop.setdefault(address.event_loop, []).append((address, update))
             if update.finish is not None or update.error is not None:
-                del self._addresses[sequence]
+                self._addresses.pop(sequence, None)
         for event_loop, items in by_loop.items():
             try:
                 event_loop.call_soon_threadsafe(_put_all, items)

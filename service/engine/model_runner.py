@@ -46,6 +46,11 @@ class ModelRunner:
         self._attention = PagedAttention(self.geometries, caches, implementation, num_slots)
         bind(self._attention, [module for module, _ in modules])
 
+    @property
+    def heartbeat(self) -> float:
+        """When a layer last ran, by the monotonic clock."""
+        return self._attention.heartbeat
+
     @torch.inference_mode()
     def run(self, chunks: Items[Chunk]) -> tuple[torch.Tensor, list[Sequence]]:
         """Compute the chunks; return [S, V] logits of the S sequences that get a next token."""

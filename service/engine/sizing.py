@@ -12,6 +12,7 @@ from service.models.loading import LoadedModel
 from service.settings import Settings
 from sparse_methods.kernels.operation import LayerGeometry
 
+MIN_PAGES = 4  # what the self-test at load needs: a page for each of its prompts, and one more
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -19,7 +20,7 @@ def num_pages(settings: Settings, geometries: Items[LayerGeometry], loaded: Load
     """Pages that fit into the memory the operator allows, and no more than could ever be used.
 
     Raises:
-        ModelNotSupportedError: Not even one page fits.
+        ModelNotSupportedError: Not even MIN_PAGES fit.
     """
     parameter = next(loaded.model.parameters())
     page_bytes = bytes_per_token(geometries, parameter.dtype) * settings.block_size
@@ -28,11 +29,13 @@ def num_pages(settings: Settings, geometries: Items[LayerGeometry], loaded: Load
         budget = int(free_memory_bytes(parameter.device) * settings.kv_cache_memory_fraction)
     context = min(loaded.max_context_tokens, settings.max_context_tokens or 2**62)
     pages_per_request = -(-context // settings.block_size)
-    count = min(budget // page_bytes, pages_per_request * settings.max_running_requests)
-    if count < 1:
+    most_used = max(MIN_PAGES, pages_per_request * settings.max_running_requests)
+    count = min(budget // page_bytes, most_used)
+    if count < MIN_PAGES:
         raise ModelNotSupportedError(
-            f"The KV cache may take {budget} bytes, but one page of {settings.block_size} tokens"
-            f" needs {page_bytes}. Free memory, or raise SPARSESERVE_KV_CACHE_BYTES."
+            f"The KV cache may take {budget} bytes, but {MIN_PAGES} pages of"
+            f" {settings.block_size} tokens need {MIN_PAGES * page_bytes}. Free memory, or raise"
+            " SPARSESERVE_KV_CACHE_BYTES."
         )
     return count
 

@@ -5,6 +5,7 @@ selection, and runs one kernel for the whole mixed batch. The batch lives on a `
 object for the duration of one forward; nothing is global.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class PagedAttention:
     Attributes:
         block_counters: [layers, slots * 2, max heads, 3] int64, what each running request read.
         element_counters: [layers, slots * 2, 2] int64, elements of keys and values read, and dense.
+        heartbeat: When a layer last ran, by the monotonic clock: a long step shows that it lives.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class PagedAttention:
         self._caches = list(caches)
         self._implementation = implementation
         self._batch: AttentionBatch | None = None
+        self.heartbeat = time.monotonic()
         device = caches[0][0].device
         max_heads = max(geometry.num_heads for geometry in geometries)
         shape = (len(geometries), num_slots * 2)
@@ -124,6 +127,7 @@ class PagedAttention:
         Returns:
             [T, Hq, Dv].
         """
+        self.heartbeat = time.monotonic()
         batch = self._batch
         if batch is None:
             raise RuntimeError("an attention layer ran outside of an engine step")

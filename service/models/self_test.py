@@ -73,7 +73,7 @@ def run_self_test(
 
 def _prompts(loaded: LoadedModel, max_tokens: int) -> list[list[int]]:
     """Random tokens; the longest prompt exceeds the smallest window or chunk if it can."""
-    cap = min(max_tokens, loaded.max_context_tokens)
+    cap = min(max_tokens, _MAX_TOKENS, loaded.max_context_tokens)
     longest = max(_LENGTHS[-1], _smallest_limit(loaded.layers) + _LENGTHS[0])
     if longest > cap:
         longest = _LENGTHS[-1]  # the window stays out of reach: no use in coming close to it

@@ -172,9 +172,8 @@ class _Reference:
         table, count = self.inputs.page_table, len(logical)
         row = table.rows[request]
         pages = [row[block] for block in logical]
-        is_prefix = logical[0] == 0 and logical[-1] == count - 1
-        if is_prefix and count <= table.leading_runs[request]:
-            is_run = True  # the common case, found once per step
+        if logical == range(count):  # all blocks so far: the common case, found once per step
+            is_run = count <= table.leading_runs[request]
         else:
             is_run = num_side_by_side(pages) == count
         selected: slice | torch.Tensor = slice(pages[0], pages[0] + count)
@@ -318,7 +317,10 @@ def _host_lists(inputs: AttentionInputs) -> list[list[list[int]] | None] | None:
     """Per tile, the visible listed blocks of each KV head in visiting order; None reads all."""
     if inputs.lists is None:
         return None
-    usable = listed_and_visible(inputs).tolist()
+    listed = listed_and_visible(inputs)
+    if bool(((inputs.lists.counts >= 0) & ~listed.any(-1)).any()):
+        raise ValueError("a tile reads no block: every list must name a visible one")
+    usable = listed.tolist()
     rows = zip(inputs.lists.indices.tolist(), inputs.lists.counts.tolist(), usable, strict=True)
     return [
         None

@@ -215,3 +215,16 @@ def test_while_the_model_loads_only_liveness_answers_200(start_server):
             time.sleep(0.02)
     assert 503 in statuses
     server.wait_ready().stop()
+
+
+def test_termination_while_the_model_loads_ends_cleanly(start_server):
+    server = start_server()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            server.client.get("/health/live")
+            break
+        except httpx.TransportError:
+            time.sleep(0.02)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0

@@ -138,6 +138,7 @@ class FakeEngine:
 
     def stop(self) -> None:
         self.is_draining = self.is_stopped = True
+        self.is_alive = False
 
     def drain(self) -> None:
         self.is_draining = True

@@ -30,3 +30,8 @@ def test_settings_are_frozen_and_every_one_is_described():
         Settings().port = 1  # type: ignore[misc]  # frozen is what is tested
     assert all(field.description for field in Settings.model_fields.values())
     assert len(Settings.model_fields) <= 30
+
+
+def test_a_step_that_could_starve_new_prompts_is_refused():
+    with pytest.raises(ValidationError, match="max_step_tokens is 256"):
+        Settings(max_step_tokens=256, max_running_requests=200)

@@ -15,6 +15,7 @@ from service.engine.sequence import FinishReason, SamplingParams
 from service.errors import (
     BadRequestError,
     GenerationError,
+    ModelNotSupportedError,
     PromptTooLongError,
     QueueFullError,
     UnavailableError,
@@ -329,7 +330,7 @@ def test_stopping_the_engine_ends_running_generations_with_an_error(tiny_model_d
                 async for _ in generation:
                     await asyncio.to_thread(one.stop)
 
-        with pytest.raises(GenerationError, match="stopped"):
+        with pytest.raises(UnavailableError, match="stopped"):
             asyncio.run(stop_meanwhile())
         assert one.events.abort_reasons == ["shutdown"]
 
@@ -341,3 +342,85 @@ def test_settings_of_one_request_do_not_leak_into_another(engine):
     )
     alone = run(engine, greedy)[0][0]
     assert run(engine, wild, greedy, wild)[1][0] == alone
+
+
+def boom(*_):
+    raise RuntimeError("broken")
+
+
+def test_a_broken_device_still_lets_every_client_know(tiny_model_dir, monkeypatch):
+    with running(tiny_model_dir) as one:
+        monkeypatch.setattr(one.core._runner, "run", boom)
+        monkeypatch.setattr(one.core._runner, "statistics", boom)
+        with pytest.raises(GenerationError):
+            run(one, request(prompt_of(5)))
+        assert one.status().is_alive
+        assert one.status().num_pages_used == 0
+
+
+def test_a_request_that_ended_in_a_failing_step_gets_its_answer(engine, monkeypatch):
+    original = engine.core._text_output
+
+    def brittle(sequence):
+        output = original(sequence)
+        if sequence.prompt_ids[0] == 99:
+            output.push = boom
+        return output
+
+    monkeypatch.setattr(engine.core, "_text_output", brittle)
+
+    async def both():
+        return await asyncio.gather(
+            collect(engine, request([98, 5, 6], max_tokens=1)),
+            collect(engine, request([99, 5, 6], max_tokens=5)),
+            return_exceptions=True,
+        )
+
+    fine, failed = asyncio.run(both())
+    assert len(fine[0][0]) == 1
+    assert isinstance(failed, GenerationError)
+    wait_until(lambda: engine.status().num_pages_used == 0)
+    assert engine._loop.num_unfinished == 0
+
+
+def test_a_request_the_engine_cannot_take_in_fails_alone(engine, monkeypatch):
+    monkeypatch.setattr(engine.core, "_text_output", boom)
+    with pytest.raises(GenerationError):
+        run(engine, request(prompt_of(5)))
+    monkeypatch.undo()
+    assert len(run(engine, request(prompt_of(5)))[0][0][0]) == 8
+
+
+def test_a_failing_scheduler_fails_everybody_and_not_the_previous_step(engine, monkeypatch):
+    monkeypatch.setattr(engine.core._scheduler, "schedule", boom)
+
+    async def both():
+        one = request(prompt_of(5))
+        return await asyncio.gather(
+            collect(engine, one), collect(engine, one), return_exceptions=True
+        )
+
+    results = asyncio.run(both())
+    assert all(isinstance(result, GenerationError) for result in results)
+    monkeypatch.undo()
+    assert len(run(engine, request(prompt_of(5)))[0][0][0]) == 8
+
+
+@pytest.mark.parametrize("limits", [{"max_context_tokens": 128}, {"max_context_tokens": 16}])
+def test_the_smallest_cache_still_serves(tiny_model_dir, limits):
+    with running(tiny_model_dir, max_running_requests=1, **limits) as small:
+        tokens, _, _ = run(small, request(prompt_of(10), max_tokens=4))[0]
+        assert len(tokens[0]) == 4
+
+
+def test_a_cache_without_room_is_refused_at_load(tiny_model_dir):
+    with pytest.raises(ModelNotSupportedError, match="KV_CACHE_BYTES"):
+        Engine.load(Settings(model=tiny_model_dir, device="cpu", kv_cache_bytes=1000), Counting())
+
+
+def test_high_bits_of_a_seed_count(engine):
+    def tokens(seed):
+        one = request(prompt_of(20), temperature=2.0, seed=seed, max_tokens=12)
+        return run(engine, one)[0][0][0]
+
+    assert tokens(7) == tokens(7) != tokens(7 + 2**32)

@@ -245,3 +245,32 @@ def test_skipping_in_decode_saves_the_values_only():
     assert skipped > 0
     saved = int(result.kv_elements[0, 1] - result.kv_elements[0, 0])
     assert saved == skipped * BLOCK * PLAIN.value_dim
+
+
+@pytest.mark.parametrize("geometry", [PLAIN, GEOMETRIES["sinks"], GEOMETRIES["softcap"]])
+def test_any_visiting_order_reads_the_listed_blocks_also_from_pages_side_by_side(geometry):
+    inputs = build(geometry, [(0, 60, 60), (59, 60, 20)])
+    table = torch.arange(4).expand(2, 4)
+    inputs = replace(inputs, page_table=PageTable(table))
+
+    def sink_then_newest(tile, head, visible):
+        return visible[:1] + visible[:0:-1][:2]
+
+    lists = lists_of(inputs, sink_then_newest)
+    inputs = replace(inputs, lists=lists)
+    kept = {
+        (t, block)
+        for t, row in enumerate(lists.indices[:, 0].tolist())
+        for block in row[: int(lists.counts[t, 0])]
+    }
+    result = assert_matches(inputs, lambda t, head, block: (t, block) in kept)
+    assert 0 < result.blocks[..., 1].sum() < result.blocks[..., 0].sum()
+
+
+def test_a_tile_without_any_visible_block_is_refused_and_not_computed():
+    inputs = build(PLAIN, [(0, 20, 20)])
+    lists = BlockLists(
+        torch.zeros(2, 2, 1, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
+    )
+    with pytest.raises(ValueError, match="no block"):
+        attend(replace(inputs, lists=lists))
