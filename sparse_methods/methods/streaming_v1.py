@@ -40,7 +40,7 @@ class Streaming(SparseAttentionMethod):
             1, ge=1, le=64, description="First blocks of the sequence that are always read, blocks."
         )
         window_blocks: int = Field(
-            8,
+            4,  # 512 tokens, the window of the authors' code
             ge=1,
             le=4096,
             description="Most recent blocks that are read, the query's own included, blocks.",

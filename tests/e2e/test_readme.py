@@ -43,7 +43,7 @@ def test_the_curl_commands_work_and_print_what_the_readme_shows(server):
     assert len(answers) == 2
     [shown] = [json.loads(code) for language, code in BLOCKS if language == "json"]
     assert is_part(shown, answers[0])
-    assert answers[1]["sparsity"]["params"]["window_blocks"] == 4
+    assert answers[1]["sparsity"]["params"]["window_blocks"] == 2
     assert answers[1]["usage"]["completion_tokens"] == 8
 
 
