@@ -98,9 +98,7 @@ class EngineHolder:
             _log.exception("the model could not be loaded")
             self.failure = error
             return
-        if self._is_draining:  # told to stop while loading
-            return
         engine.start()
         self._engine = engine
-        if self._is_draining:
+        if self._is_draining:  # told to stop while loading
             engine.drain()
