@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +27,11 @@ from service.errors import (
     QueueFullError,
     UnavailableError,
 )
+from service.models.hugging_face import Progress
 from service.models.loading import LoadedModel, load_model
 from service.models.self_test import SelfTestReport, run_self_test
 from service.settings import Settings
 from sparse_methods import get_sparse_method, latest_version
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
