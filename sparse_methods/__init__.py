@@ -7,25 +7,19 @@ from sparse_methods.errors import (
     UnknownVersionError,
     UnsupportedError,
 )
-from sparse_methods.method import (
-    BlockSelection,
-    DecodeView,
-    Knobs,
-    PageSelection,
-    Phase,
-    PrefillView,
-    SparseAttentionMethod,
-)
+from sparse_methods.method import Fallback, Knobs, SparseAttentionMethod
 from sparse_methods.registry import (
     get_sparse_method,
     latest_version,
     list_sparse_methods,
     register_sparse_method,
 )
+from sparse_methods.views import BlockSelection, DecodeView, PageSelection, Phase, PrefillView
 
 __all__ = [
     "BlockSelection",
     "DecodeView",
+    "Fallback",
     "InvalidKnobsError",
     "Knobs",
     "PageSelection",

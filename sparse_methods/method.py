@@ -3,10 +3,7 @@
 The score-level half (``name``, ``calculate_sparsity``, ``apply_sparsity``, ``get_threshold_info``)
 is NVIDIA ModelOpt's (commit 9e38041d3). The serving half (``select_*``, ``skip_threshold``) says
 which blocks of keys a served request reads; both halves keep the same blocks on aligned inputs.
-
-Shape legend: B batch, T packed query rows, N query tiles, R rows of a decode step, C capacity of a
-list, Hq query heads, Hkv key/value heads, D head dimension. A *block* is a tile of sparsity, a
-*page* a unit of KV storage; the engine makes one page hold exactly one block of keys.
+``views`` holds what a method may look at, and the shape legend.
 """
 
 import hashlib
@@ -14,7 +11,6 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, ClassVar
 
 import torch
@@ -22,13 +18,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import override
 
 from sparse_methods.errors import InvalidKnobsError
-
-
-class Phase(StrEnum):
-    """Which half of a generation a query row belongs to."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
+from sparse_methods.views import (
+    BlockSelection,
+    DecodeView,
+    PageSelection,
+    Phase,
+    PrefillView,
+    ThresholdView,
+)
 
 
 class Knobs(BaseModel):
@@ -41,73 +38,11 @@ _Knobs = Knobs  # inside a method's class body, Knobs is that method's own
 
 
 @dataclass(frozen=True)
-class PrefillView:
-    """What a method may look at when it selects blocks for the query tiles of one layer.
+class Fallback:
+    """What ran instead of what was asked for, and why, in words for the client."""
 
-    Attributes:
-        query: [T, Hq, D] query rows of these tiles, after RoPE, tile after tile.
-        tile_offsets: [N + 1] int32, first row of each tile in ``query``.
-        tile_blocks: [N] int32, number of the block the tile lies in (its diagonal block).
-        num_kv_heads: Hkv; the query heads of a group share a list.
-        block_size: Rows of a full tile and keys of a block, in tokens.
-        max_blocks: Most blocks any tile of this view can see: max(tile_blocks) + 1.
-        layer: Index of the attention layer.
-    """
-
-    query: torch.Tensor
-    tile_offsets: torch.Tensor
-    tile_blocks: torch.Tensor
-    num_kv_heads: int
-    block_size: int
-    max_blocks: int
-    layer: int
-
-
-@dataclass(frozen=True)
-class DecodeView:
-    """What a method may look at when it selects pages for single query rows of one layer.
-
-    Attributes:
-        query: [R, Hq, D] one query row per request, after RoPE.
-        kv_lens: [R] int32, keys visible to the row, its own included.
-        num_kv_heads: Hkv; the query heads of a group share a list.
-        page_size: Keys of a page, in tokens.
-        max_pages: Most pages any row of this view can see.
-        layer: Index of the attention layer.
-    """
-
-    query: torch.Tensor
-    kv_lens: torch.Tensor
-    num_kv_heads: int
-    page_size: int
-    max_pages: int
-    layer: int
-
-
-@dataclass(frozen=True)
-class BlockSelection:
-    """Blocks of keys each query tile reads, in visiting order.
-
-    Attributes:
-        indices: [N, Hkv, C] int32, logical block numbers; entries beyond the count are ignored.
-        counts: [N, Hkv] int32, entries in use.
-    """
-
-    indices: torch.Tensor
-    counts: torch.Tensor
-
-
-@dataclass(frozen=True)
-class PageSelection:
-    """Logical pages each decode row reads, in visiting order.
-
-    Attributes:
-        indices: [R, Hkv, C] int32, logical page numbers; entries beyond the count are ignored.
-        counts: [R, Hkv] int32, entries in use.
-    """
-
-    indices: torch.Tensor
-    counts: torch.Tensor
+    to: str
+    reason: str
 
 
 class SparseAttentionMethod(ABC):
@@ -119,6 +54,8 @@ class SparseAttentionMethod(ABC):
         registered_version: Version in the registry; set by ``register_sparse_method``.
         phases: Phases in which the method can leave blocks out.
         source: Publication or code the rule comes from.
+        uses_summaries: Whether its views must hold page summaries.
+        evaluation_only: Whether it costs more than dense attention, and exists to be compared with.
     """
 
     Knobs: ClassVar[type[_Knobs]] = _Knobs
@@ -126,7 +63,8 @@ class SparseAttentionMethod(ABC):
     registered_version: ClassVar[str] = ""
     phases: ClassVar[tuple[Phase, ...]] = (Phase.PREFILL, Phase.DECODE)
     source: ClassVar[str] = ""
-    implementations: ClassVar[tuple[str, ...]] = ("reference",)
+    uses_summaries: ClassVar[bool] = False
+    evaluation_only: ClassVar[bool] = False
 
     def __init__(self, method_config: Mapping[str, Any] | _Knobs | None = None) -> None:
         self.knobs = self._validate(method_config)
@@ -154,6 +92,10 @@ class SparseAttentionMethod(ABC):
         self, attention_scores: torch.Tensor, sparse_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the scores with every element that is not kept at the dtype's lowest value."""
+        if sparse_mask is None:
+            sparse_mask, _ = self.calculate_sparsity(attention_scores)
+        lowest = torch.finfo(attention_scores.dtype).min
+        return attention_scores.masked_fill(~sparse_mask, lowest)
 
     def get_threshold_info(self) -> dict[str, Any]:
         """Describe the threshold: ``type`` (static, dynamic, dynamic_calibrated, none), value."""
@@ -167,6 +109,14 @@ class SparseAttentionMethod(ABC):
         """Choose the pages each decode row reads; None reads all of them."""
         return None
 
+    def score_pages(self, view: PrefillView) -> torch.Tensor | None:  # noqa: ARG002 - a hook
+        """Evidence that the prompt leaves for its decoding: ``DecodeView.page_scores``.
+
+        Returns:
+            [Hkv, M] float32, added up over the chunks of the prompt; None if this chunk has none.
+        """
+        return None
+
     def skip_threshold(self, phase: Phase, kv_len: int) -> float | None:  # noqa: ARG002 - a hook
         """Lambda in (0, 1) below which a tile is dropped inside the softmax; None drops nothing.
 
@@ -175,6 +125,34 @@ class SparseAttentionMethod(ABC):
             kv_len: Keys of the whole prompt (prefill) or visible to the row (decode), in tokens.
         """
         return None
+
+    def adapt_thresholds(self, view: ThresholdView) -> torch.Tensor | None:  # noqa: ARG002 - a hook
+        """[N] log of lambda for this layer, instead of ``skip_threshold``; None keeps that."""
+        return None
+
+    def visits_diagonal_first(self, phase: Phase) -> bool:  # noqa: ARG002 - a hook
+        """Whether tiles visit their own block, then the first, then the rest in order.
+
+        Otherwise they visit blocks in ascending order. Lists have their own order.
+        """
+        return False
+
+    def break_even(self, phase: Phase) -> int:  # noqa: ARG002 - a hook
+        """Fewest tokens for which the phase does not run dense: prompt length, or keys of a row."""
+        return 0
+
+    def fallback(self, prompt_len: int) -> Fallback | None:
+        """What a request with a prompt of this many tokens gets instead of the method, if any."""
+        if not self.phases:
+            return None
+        length = self.break_even(self.phases[0])
+        if prompt_len >= length:
+            return None
+        reason = (
+            f"The prompt has {prompt_len} tokens; {self.name!r} pays off from {length} on. "
+            "Set the knob 'dense_below' to 0 to force it."
+        )
+        return Fallback("dense", reason)
 
     def check_servable(self, block_size: int) -> None:  # noqa: B027 - a hook
         """Raise UnsupportedError if the knobs cannot be served with this block size (tokens)."""
@@ -186,8 +164,10 @@ class SparseAttentionMethod(ABC):
 
     @classmethod
     def content_hash(cls) -> str:
-        """Short SHA-256 of the method's source file: two servers with one hash decide alike."""
-        source = inspect.getsource(inspect.getmodule(cls) or cls)
+        """Short SHA-256 of the method's source files: two servers with one hash decide alike."""
+        modules = dict.fromkeys(inspect.getmodule(base) for base in cls.__mro__)
+        ours = [m for m in modules if m and m.__name__.startswith(("sparse_methods.", "tests."))]
+        source = "".join(map(inspect.getsource, ours))
         return hashlib.sha256(source.encode()).hexdigest()[:12]
 
     @classmethod

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sparse_methods.method import Phase
+from sparse_methods.views import Phase
 
 PHASES = (Phase.PREFILL, Phase.DECODE)  # the order of every phase axis
 TOTAL, SELECTED, SKIPPED = range(3)  # the order of every counter axis

@@ -119,13 +119,14 @@ def sparsity(
         return None
     statistics = sum((finish.statistics for finish in finishes), RequestStatistics())
     method = chosen.method
+    fallback = method.fallback(finishes[0].num_prompt_tokens)
     block = SparsityBlock(
         method=method.registered_name,
         version=method.registered_version,
         params=method.knobs.model_dump(mode="json"),
         resolved_from=chosen.resolved_from,
         threshold=method.get_threshold_info(),
-        fallback=None,
+        fallback=None if fallback is None else Fallback(**vars(fallback)),
         prefill=_block_counts(statistics.phase(Phase.PREFILL)),
         decode=_decode_counts(statistics.phase(Phase.DECODE)),
         overall=_block_counts(statistics.overall),

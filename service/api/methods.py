@@ -18,6 +18,7 @@ from sparse_methods import (
     latest_version,
     list_sparse_methods,
 )
+from sparse_methods.kernels import IMPLEMENTATIONS
 
 router = APIRouter(tags=["methods"])
 
@@ -97,6 +98,6 @@ def _method_version(cls: type[SparseAttentionMethod]) -> MethodVersion:
         params_schema=cls.Knobs.model_json_schema(),
         threshold=threshold,
         calibrated=threshold.get("type") == "dynamic_calibrated",
-        implementations=list(cls.implementations),
+        implementations=list(IMPLEMENTATIONS),
         hash=cls.content_hash(),
     )

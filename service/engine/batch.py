@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from service.engine.grouping import OwnedTile, group_adaptive, group_tiles, overrides
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
-from service.models.attention import AttentionBatch, TileGroup
+from service.models.attention import AttentionBatch
 from sparse_methods.kernels.operation import PageTable, QueryTiles, Tile
-from sparse_methods.method import Phase, SparseAttentionMethod
+from sparse_methods.kernels.page_summary import PageSegments
 from sparse_methods.statistics import PHASES
 
 
@@ -49,13 +50,23 @@ def build_batch(chunks: Items[Chunk], block_size: int, device: torch.device) -> 
         torch.arange(len(chunks)), torch.tensor([chunk.num_tokens for chunk in chunks])
     )
     slots = page_table[requests, positions // block_size] * block_size + positions % block_size
+    owned = [OwnedTile(*pair) for pair in zip(tiles, owners, strict=True)]
+    methods = {chunk.sequence.method for chunk in chunks}
     attention = AttentionBatch(
         slot_mapping=slots.to(device),
         page_table=PageTable(page_table.to(device)),
         tiles=QueryTiles(tuple(tiles), block_size, device),
-        groups=_group(tiles, owners, block_size, device),
-        log_thresholds=_log_thresholds(tiles, owners, device),
-        counter_rows=_counter_rows(tiles, owners, device),
+        counter_rows=_counter_rows(owned, device),
+        groups=group_tiles(owned, page_table, block_size, device),
+        log_thresholds=_log_thresholds(owned, device),
+        adaptive=group_adaptive(owned, device),
+        diagonal_first=_diagonal_first(owned, device),
+        segments=(
+            _segments(chunks, block_size, device)
+            if any(method.uses_summaries for method in methods)
+            else None
+        ),
+        scores_pages=any(overrides(method, "score_pages") for method in methods),
     )
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
@@ -95,68 +106,37 @@ def _page_table(chunks: Items[Chunk]) -> torch.Tensor:
     )
 
 
-def _group(
-    tiles: list[Tile], owners: list[Sequence], block_size: int, device: torch.device
-) -> list[TileGroup]:
-    """Collect the tiles of methods that select, by equal method and phase."""
-    members: dict[tuple[SparseAttentionMethod, bool], list[int]] = {}
-    for index, (tile, owner) in enumerate(zip(tiles, owners, strict=True)):
-        if _selects(owner.method, is_decode=tile.is_decode):
-            members.setdefault((owner.method, tile.is_decode), []).append(index)
-    return [
-        _tile_group(method, [(i, tiles[i]) for i in indices], block_size, device)
-        for (method, _), indices in members.items()
-    ]
+def _segments(chunks: Items[Chunk], block_size: int, device: torch.device) -> PageSegments:
+    pages, lengths, continues = [], [], []
+    for chunk in chunks:
+        for page in range(chunk.start // block_size, -(-chunk.stop // block_size)):
+            start = max(chunk.start, page * block_size)
+            pages.append(chunk.sequence.pages[page])
+            lengths.append(min(chunk.stop, (page + 1) * block_size) - start)
+            continues.append(start % block_size != 0)
+    columns = (pages, lengths, continues)
+    return PageSegments(*(torch.tensor(column, device=device) for column in columns))
 
 
-def _selects(method: SparseAttentionMethod, *, is_decode: bool) -> bool:
-    hook = "select_decode" if is_decode else "select_prefill"
-    return getattr(type(method), hook) is not getattr(SparseAttentionMethod, hook)
-
-
-def _tile_group(
-    method: SparseAttentionMethod,
-    members: list[tuple[int, Tile]],
-    block_size: int,
-    device: torch.device,
-) -> TileGroup:
-    tiles = [tile for _, tile in members]
-    rows = [torch.arange(tile.first_row, tile.first_row + tile.num_rows) for tile in tiles]
-    num_rows = torch.tensor([0] + [tile.num_rows for tile in tiles])
-    blocks = [(tile.kv_len - 1) // block_size for tile in tiles]
-    return TileGroup(
-        method=method,
-        is_decode=tiles[0].is_decode,
-        tiles=torch.tensor([index for index, _ in members], device=device),
-        rows=torch.cat(rows).to(device),
-        offsets=num_rows.cumsum(0).to(device, torch.int32),
-        blocks=torch.tensor(blocks, dtype=torch.int32, device=device),
-        kv_lens=torch.tensor([t.kv_len for t in tiles], dtype=torch.int32, device=device),
-        max_blocks=max(blocks) + 1,
-    )
-
-
-def _log_thresholds(
-    tiles: list[Tile], owners: list[Sequence], device: torch.device
-) -> torch.Tensor | None:
-    values = [_log_threshold(tile, owner) for tile, owner in zip(tiles, owners, strict=True)]
+def _log_thresholds(tiles: list[OwnedTile], device: torch.device) -> torch.Tensor | None:
+    values = [_log_threshold(tile) for tile in tiles]
     if all(value == -math.inf for value in values):
         return None
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _log_threshold(tile: Tile, owner: Sequence) -> float:
-    """In prefill the whole prompt's length counts, so that chunking does not change a decision."""
-    if tile.is_decode:
-        threshold = owner.method.skip_threshold(Phase.DECODE, tile.kv_len)
-    else:
-        threshold = owner.method.skip_threshold(Phase.PREFILL, owner.num_prompt_tokens)
+def _log_threshold(tile: OwnedTile) -> float:
+    if not tile.is_sparse:
+        return -math.inf
+    threshold = tile.owner.method.skip_threshold(tile.phase, tile.length)
     return -math.inf if threshold is None else math.log(threshold)
 
 
-def _counter_rows(tiles: list[Tile], owners: list[Sequence], device: torch.device) -> torch.Tensor:
-    rows = []
-    for tile, owner in zip(tiles, owners, strict=True):
-        phase = Phase.DECODE if tile.is_decode else Phase.PREFILL
-        rows.append((owner.slot or 0) * len(PHASES) + PHASES.index(phase))
+def _diagonal_first(tiles: list[OwnedTile], device: torch.device) -> torch.Tensor | None:
+    values = [tile.owner.method.visits_diagonal_first(tile.phase) for tile in tiles]
+    return torch.tensor(values, device=device) if any(values) else None
+
+
+def _counter_rows(tiles: list[OwnedTile], device: torch.device) -> torch.Tensor:
+    rows = [(t.owner.slot or 0) * len(PHASES) + PHASES.index(t.phase) for t in tiles]
     return torch.tensor(rows, device=device)

@@ -94,6 +94,4 @@ class ModelRunner:
     def _reset_statistics(self, sequence: Sequence) -> None:
         """A sequence that starts, or starts over after preemption, counts from zero."""
         if sequence.slot is not None:
-            first = sequence.slot * len(PHASES)
-            self._attention.block_counters[:, first : first + len(PHASES)] = 0
-            self._attention.element_counters[:, first : first + len(PHASES)] = 0
+            self._attention.forget(sequence.slot)

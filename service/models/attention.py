@@ -15,40 +15,30 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from service.models.selection import (
+    DecodeGroup,
+    Layer,
+    PrefillGroup,
+    ThresholdGroup,
+    adapt_thresholds,
+    select,
+)
 from sparse_methods.kernels import Implementation
 from sparse_methods.kernels.operation import (
     AttentionInputs,
-    BlockLists,
+    AttentionOutputs,
     LayerGeometry,
     PageTable,
     QueryTiles,
 )
-from sparse_methods.method import DecodeView, PrefillView, SparseAttentionMethod
+from sparse_methods.kernels.page_summary import (
+    PageSegments,
+    allocate_summaries,
+    update_summaries,
+)
+from sparse_methods.statistics import PHASES
 
 NAME = "sparseserve"
-
-
-@dataclass(frozen=True)
-class TileGroup:
-    """Tiles of one method and one phase.
-
-    Attributes:
-        tiles: [n] int64, their places in the batch's tiles.
-        rows: [t] int64, their query rows in the packed batch.
-        offsets: [n + 1] int32, first row of each tile within ``rows``.
-        blocks: [n] int32, number of the block each tile lies in.
-        kv_lens: [n] int32, keys visible to each tile's last row.
-        max_blocks: Most blocks any of the tiles can see.
-    """
-
-    method: SparseAttentionMethod
-    is_decode: bool
-    tiles: torch.Tensor
-    rows: torch.Tensor
-    offsets: torch.Tensor
-    blocks: torch.Tensor
-    kv_lens: torch.Tensor
-    max_blocks: int
 
 
 @dataclass(frozen=True)
@@ -58,17 +48,25 @@ class AttentionBatch:
     Attributes:
         slot_mapping: [T] int64, flat slot of each packed row's key and value.
         page_table: Pages of the R requests.
-        groups: Tiles of methods that select; all other tiles read every visible block.
+        groups: Tiles of methods that select or score; others read every visible block.
         log_thresholds: [N] float32, see ``AttentionInputs``.
+        adaptive: Tiles whose thresholds are set anew in every layer.
+        diagonal_first: [N] bool, see ``AttentionInputs``.
+        segments: The rows by page, if any method of the batch uses page summaries.
+        scores_pages: Whether any method of the batch scores pages.
         counter_rows: [N] int64, row of the statistics each tile adds to: slot * 2 + phase.
     """
 
     slot_mapping: torch.Tensor
     page_table: PageTable
     tiles: QueryTiles
-    groups: Sequence[TileGroup]
-    log_thresholds: torch.Tensor | None
     counter_rows: torch.Tensor
+    groups: Sequence[PrefillGroup | DecodeGroup] = ()
+    log_thresholds: torch.Tensor | None = None
+    adaptive: Sequence[ThresholdGroup] = ()
+    diagonal_first: torch.Tensor | None = None
+    segments: PageSegments | None = None
+    scores_pages: bool = False
 
 
 class PagedAttention:
@@ -97,15 +95,30 @@ class PagedAttention:
         shape = (len(geometries), num_slots * 2)
         self.block_counters = torch.zeros(*shape, max_heads, 3, dtype=torch.int64, device=device)
         self.element_counters = torch.zeros(*shape, 2, dtype=torch.int64, device=device)
+        self._summaries = [allocate_summaries(keys) for keys, _ in caches]
+        self._page_scores: list[torch.Tensor] = []  # allocated when the first method scores
+        self._tile_blocks = torch.zeros(0)
 
     @contextmanager
     def running(self, batch: AttentionBatch) -> Iterator[None]:
         """Make ``batch`` the one that the layers attend to."""
         self._batch = batch
+        if batch.adaptive:
+            device = batch.counter_rows.device
+            shape = (len(batch.tiles.tiles), 3)
+            self._tile_blocks = torch.zeros(shape, dtype=torch.int64, device=device)
         try:
             yield
         finally:
             self._batch = None
+
+    def forget(self, slot: int) -> None:
+        """Start a request over: its counters and page scores are zero again."""
+        first = slot * len(PHASES)
+        self.block_counters[:, first : first + len(PHASES)] = 0
+        self.element_counters[:, first : first + len(PHASES)] = 0
+        for scores in self._page_scores:
+            scores[slot] = 0
 
     def forward(
         self,
@@ -134,6 +147,14 @@ class PagedAttention:
         key_cache, value_cache = self._caches[layer]
         key_cache.flatten(0, 1).index_copy_(0, batch.slot_mapping, keys.to(key_cache.dtype))
         value_cache.flatten(0, 1).index_copy_(0, batch.slot_mapping, values.to(value_cache.dtype))
+        if batch.segments is not None:
+            update_summaries(self._summaries[layer], keys, batch.segments)
+        described = self._describe(layer, batch)
+        log_thresholds = batch.log_thresholds
+        if batch.adaptive and log_thresholds is not None:
+            log_thresholds = adapt_thresholds(
+                described, batch.adaptive, batch.tiles, log_thresholds, self._tile_blocks
+            )
         outputs = self._implementation(
             AttentionInputs(
                 query=query,
@@ -141,58 +162,43 @@ class PagedAttention:
                 values=value_cache,
                 page_table=batch.page_table,
                 tiles=batch.tiles,
-                geometry=self._geometries[layer],
-                lists=self._select(layer, query, batch),
-                log_thresholds=batch.log_thresholds,
-                sinks=sinks if self._geometries[layer].has_sinks else None,
+                geometry=described.geometry,
+                lists=select(described, query, batch.groups, len(batch.tiles.tiles)),
+                log_thresholds=log_thresholds,
+                diagonal_first=batch.diagonal_first,
+                sinks=sinks if described.geometry.has_sinks else None,
             )
         )
+        self._count(layer, batch, outputs)
+        return outputs.output
+
+    def _count(self, layer: int, batch: AttentionBatch, outputs: AttentionOutputs) -> None:
         num_heads = self._geometries[layer].num_heads
         counters = self.block_counters[layer, :, :num_heads]
         counters.index_add_(0, batch.counter_rows, outputs.blocks)
         self.element_counters[layer].index_add_(0, batch.counter_rows, outputs.kv_elements)
-        return outputs.output
+        if batch.adaptive:
+            self._tile_blocks += outputs.blocks.sum(1)
 
-    def _select(self, layer: int, query: torch.Tensor, batch: AttentionBatch) -> BlockLists | None:
-        """Ask each group; tiles whose method answers None read every visible block."""
-        num_kv_heads = self._geometries[layer].num_kv_heads
-        answers = []
-        for group in batch.groups:
-            selection = _ask(group, layer, query, num_kv_heads, batch.tiles.block_size)
-            if selection is not None:
-                answers.append((group, selection))
-        if not answers:
-            return None
-        num_tiles, device = len(batch.tiles.tiles), query.device
-        capacity = max(lists.indices.shape[2] for _, lists in answers)
-        indices = torch.zeros(num_tiles, num_kv_heads, capacity, dtype=torch.int32, device=device)
-        counts = torch.full((num_tiles, num_kv_heads), -1, dtype=torch.int32, device=device)
-        for group, lists in answers:
-            indices[group.tiles, :, : lists.indices.shape[2]] = lists.indices
-            counts[group.tiles] = lists.counts
-        return BlockLists(indices, counts)
-
-
-def _ask(
-    group: TileGroup, layer: int, query: torch.Tensor, num_kv_heads: int, block_size: int
-) -> BlockLists | None:
-    rows = query[group.rows]
-    if group.is_decode:
-        view = DecodeView(rows, group.kv_lens, num_kv_heads, block_size, group.max_blocks, layer)
-        pages = group.method.select_decode(view)
-        return None if pages is None else BlockLists(pages.indices, pages.counts)
-    blocks = group.method.select_prefill(
-        PrefillView(
-            query=rows,
-            tile_offsets=group.offsets,
-            tile_blocks=group.blocks,
-            num_kv_heads=num_kv_heads,
-            block_size=block_size,
-            max_blocks=group.max_blocks,
-            layer=layer,
+    def _describe(self, layer: int, batch: AttentionBatch) -> Layer:
+        keys = self._caches[layer][0]
+        if batch.scores_pages and not self._page_scores:
+            self._page_scores = self._allocate_page_scores()
+        return Layer(
+            index=layer,
+            num_layers=len(self._geometries),
+            geometry=self._geometries[layer],
+            keys=keys,
+            summaries=self._summaries[layer],
+            page_scores=self._page_scores[layer] if batch.scores_pages else None,
         )
-    )
-    return None if blocks is None else BlockLists(blocks.indices, blocks.counts)
+
+    def _allocate_page_scores(self) -> list[torch.Tensor]:
+        num_slots = self.block_counters.shape[1] // len(PHASES)
+        return [
+            torch.zeros(num_slots, keys.shape[2], keys.shape[0], device=keys.device)
+            for keys, _ in self._caches
+        ]
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,8 @@ class AttentionInputs:
         page_table: Pages of the R requests.
         lists: None reads every visible block of every tile.
         log_thresholds: [N] float32, natural log of lambda, -inf is off; None is off everywhere.
+        diagonal_first: [N] bool, tiles that visit their last visible block, then the first, then
+            the rest in order, unless they have a list; None lets all visit in ascending order.
         sinks: [Hq] learned logits, if the geometry has them.
     """
 
@@ -163,6 +165,7 @@ class AttentionInputs:
     geometry: LayerGeometry
     lists: BlockLists | None = None
     log_thresholds: torch.Tensor | None = None
+    diagonal_first: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from sparse_methods.kernels.cpu_flash import cpu_flash, flash, merge
 from sparse_methods.kernels.operation import (
     AttentionInputs,
     AttentionOutputs,
@@ -25,8 +26,6 @@ from sparse_methods.kernels.operation import (
     visible_blocks,
 )
 
-# The operator behind scaled_dot_product_attention on a CPU; the public name hides the log-sum-exp.
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
 _STRIPE_KEYS = 1024  # keys of one explicit stripe: scores of a tile then stay in the cache
 
 
@@ -57,6 +56,9 @@ class _Reference:
         self.log_thresholds = (
             None if inputs.log_thresholds is None else inputs.log_thresholds.tolist()
         )
+        self.diagonal_first = (
+            None if inputs.diagonal_first is None else inputs.diagonal_first.tolist()
+        )
         first, last = visible_blocks(inputs.tiles, inputs.geometry)
         self.first_blocks, self.last_blocks = first.tolist(), last.tolist()
         self.can_fuse = (
@@ -81,9 +83,13 @@ class _Reference:
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """Indices (first, last) of tiles that can be attended in one go."""
+        # Rows of the heads of a group are folded: enough of them for large blocks inside of the
+        # fused operator, few enough to waste little of the causal square.
+        num_rows = max(256, 1024 // self.geometry.group_size)
+        longest = max(1, num_rows // self.block_size)
         tiles, start = self.inputs.tiles.tiles, 0
         for index in range(1, len(tiles) + 1):
-            if index == len(tiles) or not self._continues(index):
+            if index == len(tiles) or index - start == longest or not self._continues(index):
                 yield start, index - 1
                 start = index
 
@@ -125,15 +131,15 @@ class _Reference:
         before = None if listed is None else sorted(b for b in listed if b <= own)
         if tile.num_rows == 1:
             keys, values = self._keys_values(tile, before, heads, tile.kv_len)
-            self._store(tile, heads, *_flash(query, keys, values, self.geometry.scale))
+            self._store(tile, heads, *flash(query, keys, values, self.geometry.scale))
             return
         parts = []
         keys, values = self._keys_values(tile, before, heads, tile.position)
         if keys.shape[1]:
-            parts.append(_flash(query, keys, values, self.geometry.scale))
+            parts.append(flash(query, keys, values, self.geometry.scale))
         if listed is None or own in listed:
             parts.append(self._attend_own_square(tile, query, heads))
-        self._store(tile, heads, *_merge(parts))
+        self._store(tile, heads, *merge(parts))
 
     def _attend_own_square(
         self, tile: Tile, query: torch.Tensor, heads: slice
@@ -142,7 +148,7 @@ class _Reference:
         group = self.geometry.group_size
         keys = keys.repeat_interleave(group, 0)[None]
         values = values.repeat_interleave(group, 0)[None]
-        output, lse = _cpu_flash(
+        output, lse = cpu_flash(
             query.flatten(0, 1)[None], keys, values, is_causal=True, scale=self.geometry.scale
         )
         return output[0].unflatten(0, (-1, group)), lse[0].unflatten(0, (-1, group))
@@ -193,9 +199,14 @@ class _Reference:
             ]
         for heads, listed in head_lists:
             if listed is None:
-                last = (tile.kv_len - 1) // self.block_size
-                listed = list(range(self.first_blocks[index], last + 1))
+                listed = self._visible_in_order(index)
             self._attend_stripes(index, tile, listed, heads)
+
+    def _visible_in_order(self, index: int) -> list[int]:
+        blocks = list(range(self.first_blocks[index], self.last_blocks[index] + 1))
+        if self.diagonal_first is not None and self.diagonal_first[index]:
+            blocks.insert(0, blocks.pop())
+        return blocks
 
     def _attend_stripes(self, index: int, tile: Tile, listed: list[int], heads: slice) -> None:
         query = self._query(tile, heads).float() * self.geometry.scale
@@ -331,45 +342,6 @@ def _host_lists(inputs: AttentionInputs) -> list[list[list[int]] | None] | None:
         ]
         for indices, counts, keeps in rows
     ]
-
-
-def _flash(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend without a mask: query [h, G, n, D], keys and values [h, m, D].
-
-    The heads of a group are folded into the rows, so that no key is repeated.
-    """
-    output, lse = _cpu_flash(
-        query.flatten(1, 2)[None], keys[None], values[None], is_causal=False, scale=scale
-    )
-    return output[0].view(*query.shape[:3], -1), lse[0].view(query.shape[:3])
-
-
-def _cpu_flash(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    is_causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of [1, h, n, D] queries over [1, h, m, D] keys."""
-    output, lse = _FLASH(query, keys, values, 0.0, is_causal, scale=scale)
-    return output, lse
-
-
-def _merge(
-    parts: list[tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Combine attention over disjoint keys by the log-sum-exp of each part."""
-    if len(parts) == 1:
-        return parts[0]
-    lse = torch.stack([part_lse for _, part_lse in parts]).logsumexp(0)
-    weights = [(part_lse - lse).exp()[..., None] for _, part_lse in parts]
-    output = sum(output * weight for (output, _), weight in zip(parts, weights, strict=True))
-    assert isinstance(output, torch.Tensor)
-    return output, lse
 
 
 def _drop(

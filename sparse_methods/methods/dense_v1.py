@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
-from sparse_methods.method import Phase, SparseAttentionMethod
+from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.registry import register_sparse_method
+from sparse_methods.views import Phase
 
 
 @register_sparse_method("dense", version="v1")
@@ -43,5 +44,4 @@ class Dense(SparseAttentionMethod):
     ) -> torch.Tensor:
         if sparse_mask is None:
             return attention_scores
-        lowest = torch.finfo(attention_scores.dtype).min
-        return attention_scores.masked_fill(~sparse_mask, lowest)
+        return super().apply_sparsity(attention_scores, sparse_mask)

@@ -24,8 +24,9 @@ from typing_extensions import override
 
 from sparse_methods.errors import UnsupportedError
 from sparse_methods.method import Knobs as BaseKnobs
-from sparse_methods.method import Phase, SparseAttentionMethod
+from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.registry import register_sparse_method
+from sparse_methods.views import Phase
 
 _PhaseName = Annotated[str, Field(pattern="^(prefill|decode)$")]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -155,10 +156,7 @@ class FlashSkipSoftmax(SparseAttentionMethod):
     def apply_sparsity(
         self, attention_scores: torch.Tensor, sparse_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if sparse_mask is None:
-            sparse_mask, _ = self.calculate_sparsity(attention_scores)
-        lowest = torch.finfo(attention_scores.dtype).min
-        return attention_scores.masked_fill(~sparse_mask, lowest)
+        return super().apply_sparsity(attention_scores, sparse_mask)
 
     def calc_correction_factor_and_p(
         self, attn_weights: torch.Tensor, phase: str

@@ -8,32 +8,24 @@ Departures: whole blocks instead of tokens, so the window begins at a block's fi
 are not re-assigned, so a model does not go beyond its trained length by this.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from typing_extensions import override
 
-from sparse_methods.method import (
-    BlockSelection,
-    DecodeView,
-    PageSelection,
-    PrefillView,
-    SparseAttentionMethod,
-)
-from sparse_methods.method import Knobs as BaseKnobs
+from sparse_methods.block_method import BlockKnobs, BlockMethod, ScoreTiles
 from sparse_methods.registry import register_sparse_method
-
-_SCORE_BLOCK = 128  # tokens of a block where scores are materialised; serving uses the engine's
+from sparse_methods.views import BlockSelection, DecodeView, PageSelection, PrefillView
 
 
 @register_sparse_method("streaming", version="v1")
-class Streaming(SparseAttentionMethod):
+class Streaming(BlockMethod):
     """Attention sinks and a recent window: constant cost per query, blind to the middle."""
 
     source: ClassVar[str] = "arXiv:2309.17453"
 
-    class Knobs(BaseKnobs):
+    class Knobs(BlockKnobs):
         """How much of both ends is read."""
 
         sink_blocks: int = Field(
@@ -59,43 +51,16 @@ class Streaming(SparseAttentionMethod):
 
     @override
     def select_decode(self, view: DecodeView) -> PageSelection:
-        own_pages = (view.kv_lens - 1) // view.page_size
-        return PageSelection(*self._per_kv_head(own_pages, view.num_kv_heads))
+        return PageSelection(*self._per_kv_head(view.own_pages, view.num_kv_heads))
 
     @override
-    def calculate_sparsity(
-        self, attention_scores: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        num_queries, num_keys = attention_scores.shape[-2:]
-        if num_queries > num_keys:
-            raise ValueError(
-                f"Queries are the suffix of the keys, got {num_queries} queries, {num_keys} keys."
-            )
-        keys = torch.arange(num_keys, device=attention_scores.device)
-        rows = keys[num_keys - num_queries :]  # absolute positions of the queries
-        first, last = int(rows[0]) // _SCORE_BLOCK, (num_keys - 1) // _SCORE_BLOCK
-        tiles = torch.arange(first, last + 1, device=rows.device)
-        is_kept = self._is_kept(tiles, last + 1)  # [N, blocks]
-        mask = is_kept[rows // _SCORE_BLOCK - first][:, keys // _SCORE_BLOCK]
-        mask = mask & (keys <= rows[:, None])
-        total, kept = int((tiles + 1).sum()), int(is_kept.sum())
-        stats = {
-            "sparsity": 1.0 - kept / total,
-            "total_blocks": total,
-            "sparse_blocks": total - kept,
-            "phase": "decode" if num_queries == 1 else "prefill",
-            "sample_length": num_keys,
-        }
-        return mask.expand_as(attention_scores), stats
-
-    @override
-    def apply_sparsity(
-        self, attention_scores: torch.Tensor, sparse_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if sparse_mask is None:
-            sparse_mask, _ = self.calculate_sparsity(attention_scores)
-        lowest = torch.finfo(attention_scores.dtype).min
-        return attention_scores.masked_fill(~sparse_mask, lowest)
+    def keep_from_scores(self, tiles: ScoreTiles) -> torch.Tensor:
+        indices, counts = self._keep(tiles.tile_blocks)
+        is_used = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
+        spare = torch.full_like(indices, tiles.num_blocks)  # a column for entries not in use
+        table = torch.zeros(tiles.num_tiles, tiles.num_blocks + 1, device=indices.device)
+        table.scatter_(1, torch.where(is_used, indices, spare).long(), 1.0)
+        return table[:, :-1].bool().expand(*tiles.scores.shape[:2], -1, -1)
 
     def _keep(self, own_blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rule: blocks read by queries of the blocks [N], ascending, and how many.
@@ -116,13 +81,3 @@ class Streaming(SparseAttentionMethod):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         indices, counts = self._keep(own_blocks)
         return indices[:, None].repeat(1, num_kv_heads, 1), counts[:, None].repeat(1, num_kv_heads)
-
-    def _is_kept(self, own_blocks: torch.Tensor, num_blocks: int) -> torch.Tensor:
-        """[N, num_blocks] bool: the same rule as a table."""
-        indices, counts = self._keep(own_blocks)
-        is_used = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
-        table = torch.zeros(
-            len(own_blocks), num_blocks + 1, dtype=torch.bool, device=indices.device
-        )
-        spare = torch.full_like(indices, num_blocks)  # a column for entries that are not in use
-        return table.scatter_(1, torch.where(is_used, indices, spare).long(), True)[:, :-1]  # noqa: FBT003 - torch's own signature

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from sparse_methods import (
     BlockSelection,
-    DecodeView,
     InvalidKnobsError,
     PageSelection,
     Phase,
-    PrefillView,
     SparseAttentionMethod,
     get_sparse_method,
     list_sparse_methods,
 )
+from tests.sparse_methods import paged
 
 BLOCK = 128  # tokens; the block at which score-level rules and served ones meet
 NUM_BLOCKS, NUM_HEADS, HEAD_DIM = 16, 2, 32
@@ -51,27 +51,6 @@ def peaked_scores() -> torch.Tensor:
     return scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
 
 
-def prefill_view(tiles: list[int]) -> PrefillView:
-    """The given query tiles, all full, as one view."""
-    rows = torch.cat([torch.arange(tile * BLOCK, (tile + 1) * BLOCK) for tile in tiles])
-    return PrefillView(
-        query=peaked()[0][rows],
-        tile_offsets=torch.arange(len(tiles) + 1, dtype=torch.int32) * BLOCK,
-        tile_blocks=torch.tensor(tiles, dtype=torch.int32),
-        num_kv_heads=NUM_HEADS,
-        block_size=BLOCK,
-        max_blocks=max(tiles) + 1,
-        layer=0,
-    )
-
-
-def decode_view(kv_lens: list[int]) -> DecodeView:
-    """One decode row per number of visible keys."""
-    lens = torch.tensor(kv_lens, dtype=torch.int32)
-    max_pages = math.ceil(max(kv_lens) / BLOCK)
-    return DecodeView(peaked()[0][lens.long() - 1], lens, NUM_HEADS, BLOCK, max_pages, layer=0)
-
-
 def lists(selection: BlockSelection | PageSelection | None, owns: list[int]) -> list[list[Any]]:
     """Per row and KV head, the blocks read; None reads all up to the row's own."""
     if selection is None:
@@ -86,15 +65,47 @@ def lists(selection: BlockSelection | PageSelection | None, owns: list[int]) -> 
 
 
 def select(method: SparseAttentionMethod, phase: Phase, owns: list[int]) -> list[list[Any]]:
-    """Blocks that rows of these blocks read: whole tiles, or one row in mid-page."""
+    """Blocks that rows of these blocks read: tiles of one prompt, or one row in mid-page."""
+    query, keys = peaked()
     if phase is Phase.PREFILL:
-        return lists(method.select_prefill(prefill_view(owns)), owns)
-    view = decode_view([own * BLOCK + BLOCK // 2 for own in owns])
+        chosen = method.select_prefill(paged.prefill_view(query, keys))
+        tiles = lists(chosen, list(range(NUM_BLOCKS)))
+        return [tiles[own] for own in owns]
+    kv_lens = [own * BLOCK + BLOCK // 2 for own in owns]
+    rows = query[torch.tensor(kv_lens) - 1]
+    scores = page_scores(method)
+    view = paged.decode_view(
+        rows,
+        keys,
+        kv_lens,
+        page_scores=None if scores is None else scores.expand(len(owns), -1, -1),
+    )
     return lists(method.select_decode(view), owns)
+
+
+def page_scores(method: SparseAttentionMethod) -> torch.Tensor | None:
+    """[Hkv, M] what the whole peaked prompt leaves for decoding."""
+    return method.score_pages(paged.prefill_view(*peaked()))
+
+
+def frugal(cls: type[SparseAttentionMethod]) -> SparseAttentionMethod:
+    """The method with every budget of blocks or pages at its minimum: the prompt here is short."""
+    properties = cls.Knobs.model_json_schema().get("properties", {})
+    return cls(
+        {
+            knob: schema["minimum"]
+            for knob, schema in properties.items()
+            if knob.endswith(("_blocks", "_pages")) and schema.get("type") == "integer"
+        }
+    )
 
 
 def selects(cls: type[SparseAttentionMethod], phase: Phase) -> bool:
     hook = f"select_{phase}"
+    return overrides(cls, hook)
+
+
+def overrides(cls: type[SparseAttentionMethod], hook: str) -> bool:
     return getattr(cls, hook) is not getattr(SparseAttentionMethod, hook)
 
 
@@ -218,28 +229,52 @@ def test_the_defaults_are_servable_with_the_default_block(cls):
 @pytest.mark.parametrize("phase", list(Phase))
 def test_lists_hold_visible_blocks_once_and_always_the_diagonal(cls, phase):
     owns = [0, 1, 2, 7, 12, 15]
-    for own, heads in zip(owns, select(cls(), phase, owns), strict=True):
-        for blocks in heads:
-            assert len(blocks) == len(set(blocks))
-            assert own in blocks
-            assert all(0 <= block <= own for block in blocks)
+    for method in (cls(), frugal(cls)):
+        for own, heads in zip(owns, select(method, phase, owns), strict=True):
+            for blocks in heads:
+                assert len(blocks) == len(set(blocks))
+                assert own in blocks
+                assert all(0 <= block <= own for block in blocks)
 
 
-@pytest.mark.parametrize("phase", list(Phase))
-def test_a_row_alone_reads_what_it_reads_in_a_batch(cls, phase):
+def test_a_row_alone_reads_what_it_reads_in_a_batch(cls):
     owns = [15, 3, 9, 3, 0]
-    together = select(cls(), phase, owns)
-    alone = [select(cls(), phase, [own])[0] for own in owns]
-    assert [[sorted(b) for b in row] for row in together] == [
-        [sorted(b) for b in row] for row in alone
-    ]
+    together = select(frugal(cls), Phase.DECODE, owns)
+    alone = [select(frugal(cls), Phase.DECODE, [own])[0] for own in owns]
+    assert together == alone
+
+
+@pytest.mark.parametrize("ends", [(2048,), (128, 512, 1000), (896, 1024, 2000), (2, 3)])
+def test_a_chunk_reads_what_it_reads_in_the_whole_prompt(cls, ends):
+    """Whatever a prompt's length and the cuts, which fall on blocks except at its end."""
+    method, stop = frugal(cls), ends[-1]
+    query, keys = (tensor[:stop] for tensor in peaked())
+    owns = list(range(math.ceil(stop / BLOCK)))
+    whole = lists(method.select_prefill(paged.prefill_view(query, keys)), owns)
+    parts, start, scores = [], 0, []
+    for end in ends:
+        end = min(stop, math.ceil(end / BLOCK) * BLOCK)
+        view = paged.prefill_view(query, keys, start=start, stop=end)
+        if view.num_rows:
+            parts += lists(method.select_prefill(view), owns[start // BLOCK : view.num_blocks])
+            scores.append(method.score_pages(view))
+        start = end
+    assert parts == whole
+    expected = method.score_pages(paged.prefill_view(query, keys))
+    given = [score for score in scores if score is not None]
+    assert (expected is None) == (not given)
+    if expected is not None:
+        padded = [functional.pad(s, (0, expected.shape[1] - s.shape[1])) for s in given]
+        assert torch.allclose(torch.stack(padded).sum(0), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("phase", list(Phase))
 def test_the_mask_keeps_the_blocks_that_serving_reads(cls, phase):
     if not selects(cls, phase):
         pytest.skip("reads every block before the softmax")
-    method, owns = cls(), [0, 1, 5, 10, 15]
+    method, owns = frugal(cls), [0, 1, 5, 10, 15]
+    if overrides(cls, "score_pages") and phase is Phase.DECODE:
+        pytest.skip("decides from the prompt's rows, which one row's scores do not hold")
     for own, served in zip(owns, select(method, phase, owns), strict=True):
         if phase is Phase.PREFILL:
             rows, end = slice(own * BLOCK, (own + 1) * BLOCK), (own + 1) * BLOCK
@@ -253,7 +288,7 @@ def test_the_mask_keeps_the_blocks_that_serving_reads(cls, phase):
 def test_something_but_not_everything_is_left_out_in_each_declared_phase(cls):
     for phase in Phase:
         rows = slice(None) if phase is Phase.PREFILL else slice(-1, None)
-        mask, stats = cls().calculate_sparsity(peaked_scores()[:, :, rows])
+        mask, stats = frugal(cls).calculate_sparsity(peaked_scores()[:, :, rows])
         visible = peaked_scores()[:, :, rows] > torch.finfo(torch.float32).min
         num_dropped = int((visible & ~mask).sum())
         assert (0 < num_dropped < int(visible.sum())) == (phase in cls.phases)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from service.engine.batch import build_batch, cut_tiles
 from service.engine.scheduler import Chunk
 from service.engine.sequence import SamplingParams, Sequence
+from service.models.selection import DecodeGroup, PrefillGroup
 from sparse_methods import get_sparse_method
 
 BLOCK = 16
@@ -77,24 +78,36 @@ def test_a_chunk_that_does_not_reach_the_end_gets_no_token():
     assert batch.last_rows.numel() == 0
 
 
-def test_rows_are_grouped_by_equal_method_and_phase():
+def test_prompts_are_asked_one_by_one_and_rows_by_equal_method():
     knobs = {"sink_blocks": 1, "window_blocks": 2}
     chunks = [
         Chunk(sequence(40, 0, "streaming", knobs), 0, 40),
         Chunk(sequence(20, 0), 0, 20),
         Chunk(sequence(17, 1, "streaming", dict(knobs)), 0, 18),
-        Chunk(sequence(17, 0, "streaming", {"window_blocks": 3}), 0, 17),
+        Chunk(sequence(50, 3, "streaming", dict(knobs)), 50, 2),
+        Chunk(sequence(17, 1, "streaming", {"window_blocks": 3}), 17, 1),
     ]
     groups = build_batch(chunks, BLOCK, torch.device("cpu")).attention.groups
-    assert [(g.is_decode, g.tiles.tolist()) for g in groups] == [
-        (False, [0, 1, 2, 5, 6]),
-        (True, [7]),
-        (False, [8, 9]),
+    prompts = [group for group in groups if isinstance(group, PrefillGroup)]
+    assert [(g.tiles, g.rows) for g in prompts] == [
+        (slice(0, 3), slice(0, 40)),
+        (slice(5, 7), slice(60, 77)),
     ]
-    assert groups[0].offsets.tolist() == [0, 16, 32, 40, 56, 57]
-    assert groups[0].blocks.tolist() == [0, 1, 2, 0, 1]
-    assert groups[1].kv_lens.tolist() == [18]
-    assert groups[0].rows.tolist() == [*range(40), *range(60, 77)]
+    assert [(g.position, g.prompt_len, len(g.pages)) for g in prompts] == [(0, 40, 3), (0, 17, 2)]
+    rows = [group for group in groups if isinstance(group, DecodeGroup)]
+    assert [g.tiles.tolist() for g in rows] == [[7, 8, 9], [10]]
+    assert [g.rows.tolist() for g in rows] == [[77, 78, 79], [80]]
+    assert rows[0].kv_lens.tolist() == [18, 51, 52]
+    assert rows[0].prompt_lens.tolist() == [17, 50, 50]
+    assert rows[0].pages.shape == (3, 4)
+
+
+def test_a_context_below_the_break_even_runs_dense():
+    knobs = {"dense_below": 18}
+    chunks = [Chunk(sequence(n, 2, "streaming", knobs), 0, n + 2) for n in (16, 17, 18)]
+    groups = build_batch(chunks, BLOCK, torch.device("cpu")).attention.groups
+    rows = [group for group in groups if isinstance(group, DecodeGroup)]
+    assert [g.kv_lens.tolist() for g in rows] == [[18, 18, 19, 19, 20]]
 
 
 def test_the_threshold_of_a_prefill_tile_does_not_depend_on_the_chunk():

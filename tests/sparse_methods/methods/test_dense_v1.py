@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from sparse_methods import DecodeView, Phase, PrefillView, get_sparse_method
+from sparse_methods import Phase, get_sparse_method
+from tests.sparse_methods import paged
 
 Dense = get_sparse_method("dense", "v1")
 
@@ -30,10 +31,9 @@ def test_a_mask_given_by_the_caller_is_applied():
 
 
 def test_serving_reads_all_blocks_and_skips_none():
-    method, query, ints = Dense(), torch.randn(3, 2, 8), torch.arange(3, dtype=torch.int32)
-    view = PrefillView(query, torch.tensor([0, 1, 2, 3]), ints, 1, 128, 3, layer=0)
-    assert method.select_prefill(view) is None
-    assert method.select_decode(DecodeView(query, ints + 1, 1, 128, 1, layer=0)) is None
+    method, query, keys = Dense(), torch.randn(300, 2, 8), torch.randn(300, 1, 8)
+    assert method.select_prefill(paged.prefill_view(query, keys)) is None
+    assert method.select_decode(paged.decode_view(query[:2], keys, [7, 300])) is None
     assert all(method.skip_threshold(phase, 4096) is None for phase in Phase)
     assert method.phases == ()
     method.check_servable(block_size=16)

@@ -1,4 +1,3 @@
-import math
 from typing import Any
 
 import pytest
@@ -6,22 +5,19 @@ import torch
 
 from sparse_methods import DecodeView, InvalidKnobsError, PrefillView
 from sparse_methods.methods.streaming_v1 import Streaming
+from tests.sparse_methods import paged
 
 SHAPES = [(1, 1), (1, 8), (3, 2), (4, 64)]
 
 
-def prefill_view(tile_blocks: list[int], num_kv_heads: int = 2) -> PrefillView:
-    blocks = torch.tensor(tile_blocks, dtype=torch.int32)
-    offsets = torch.arange(len(blocks) + 1, dtype=torch.int32)
-    query = torch.zeros(len(blocks), 2 * num_kv_heads, 4)
-    return PrefillView(query, offsets, blocks, num_kv_heads, 128, max(tile_blocks) + 1, layer=0)
+def prefill_view(num_blocks: int, num_kv_heads: int = 2) -> PrefillView:
+    keys = torch.zeros(num_blocks * 16, num_kv_heads, 4)
+    return paged.prefill_view(keys.repeat(1, 2, 1), keys, block_size=16)
 
 
 def decode_view(kv_lens: list[int], page_size: int = 16) -> DecodeView:
     query = torch.zeros(len(kv_lens), 4, 4)
-    max_pages = math.ceil(max(kv_lens) / page_size)
-    lens = torch.tensor(kv_lens, dtype=torch.int32)
-    return DecodeView(query, lens, 2, page_size, max_pages, layer=0)
+    return paged.decode_view(query, torch.zeros(max(kv_lens), 2, 4), kv_lens, page_size=page_size)
 
 
 def expected(own: int, sink: int, window: int) -> list[int]:
@@ -37,13 +33,12 @@ def listed(selection: Any, row: int, head: int = 0) -> list[int]:
 @pytest.mark.parametrize(("sink", "window"), SHAPES)
 def test_each_tile_reads_the_first_blocks_and_the_most_recent_ones(sink, window):
     method = Streaming({"sink_blocks": sink, "window_blocks": window})
-    owns = [0, 1, 2, 5, 9, 40, 78, 500]
-    selection = method.select_prefill(prefill_view(owns))
-    assert selection.indices.shape == (len(owns), 2, sink + window)
+    selection = method.select_prefill(prefill_view(80))
+    assert selection.indices.shape == (80, 2, sink + window)
     assert selection.indices.dtype == selection.counts.dtype == torch.int32
-    for row, own in enumerate(owns):
-        assert listed(selection, row, 0) == expected(own, sink, window)
-        assert listed(selection, row, 1) == expected(own, sink, window)
+    for own in range(80):
+        assert listed(selection, own, 0) == expected(own, sink, window)
+        assert listed(selection, own, 1) == expected(own, sink, window)
 
 
 @pytest.mark.parametrize(("sink", "window"), SHAPES)
@@ -57,14 +52,13 @@ def test_decoding_reads_the_pages_that_a_tile_at_its_place_would_read(sink, wind
 
 def test_capacity_does_not_depend_on_lengths():
     method = Streaming()
-    short, long = method.select_decode(decode_view([3])), method.select_decode(decode_view([90000]))
+    short, long = method.select_decode(decode_view([3])), method.select_decode(decode_view([9000]))
     assert short.indices.shape == long.indices.shape == (1, 2, 5)
 
 
 def test_by_default_a_prompt_of_ten_thousand_tokens_reads_an_eighth():
-    owns = list(range(79))
-    counts = Streaming().select_prefill(prefill_view(owns)).counts[:, 0]
-    density = int(counts.sum()) / sum(own + 1 for own in owns)
+    counts = Streaming().select_prefill(prefill_view(79)).counts[:, 0]
+    density = int(counts.sum()) / sum(own + 1 for own in range(79))
     assert 0.1 < density < 0.15
 
 
@@ -83,7 +77,9 @@ def test_the_mask_keeps_exactly_the_listed_blocks_below_the_diagonal(num_queries
             oracle[row, block * 128 : min((block + 1) * 128, offset + row + 1)] = True
     assert (mask == oracle).all()
     owns = range(offset // 128, (num_keys - 1) // 128 + 1)
-    total, kept = sum(o + 1 for o in owns), sum(len(expected(o, 1, 2)) for o in owns)
+    heads = 2 * 3
+    total = heads * sum(o + 1 for o in owns)
+    kept = heads * sum(len(expected(o, 1, 2)) for o in owns)
     assert stats == {
         "sparsity": 1 - kept / total,
         "total_blocks": total,

@@ -1,0 +1,192 @@
+"""Which blocks each tile of a batch reads in one layer: every method is asked for its own tiles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparse_methods.kernels.operation import BlockLists, LayerGeometry, QueryTiles, visible_blocks
+from sparse_methods.method import SparseAttentionMethod
+from sparse_methods.views import (
+    BlockSelection,
+    DecodeView,
+    PageSelection,
+    PageSummaries,
+    Phase,
+    PrefillView,
+    ThresholdView,
+)
+
+
+@dataclass(frozen=True)
+class PrefillGroup:
+    """The prompt tiles of one request in this step.
+
+    Attributes:
+        tiles: Their places in the batch's tiles, side by side.
+        rows: Their query rows in the packed batch, side by side.
+        position: Absolute position of the first row.
+        prompt_len: Tokens of the whole prompt.
+        pages: [M] int64, physical pages up to the last row's own.
+        slot: Row of the page scores that the request owns.
+    """
+
+    method: SparseAttentionMethod
+    tiles: slice
+    rows: slice
+    position: int
+    prompt_len: int
+    pages: torch.Tensor
+    slot: int
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Single rows of one method.
+
+    Attributes:
+        tiles: [n] int64, their places in the batch's tiles.
+        rows: [n] int64, their rows in the packed batch.
+        kv_lens: [n] int32, keys visible to each row.
+        prompt_lens: [n] int32, tokens of each row's prompt.
+        pages: [n, M] int64, physical pages of each row's request.
+        slots: [n] int64, row of the page scores that each row's request owns.
+    """
+
+    method: SparseAttentionMethod
+    tiles: torch.Tensor
+    rows: torch.Tensor
+    kv_lens: torch.Tensor
+    prompt_lens: torch.Tensor
+    pages: torch.Tensor
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ThresholdGroup:
+    """Tiles of one method and phase whose thresholds are set anew in every layer.
+
+    Attributes:
+        tiles: [n] int64, their places in the batch's tiles.
+        kv_lens: [n] int64, as ``ThresholdView`` has them.
+    """
+
+    method: SparseAttentionMethod
+    phase: Phase
+    tiles: torch.Tensor
+    kv_lens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer as selection sees it.
+
+    Attributes:
+        keys: [P, page_size, Hkv, D] pages of its cache.
+        summaries: Of the same pages.
+        page_scores: [slots, Hkv, max pages] float32, what prompts left for decoding; None if
+            nobody in the batch scores.
+    """
+
+    index: int
+    num_layers: int
+    geometry: LayerGeometry
+    keys: torch.Tensor
+    summaries: PageSummaries
+    page_scores: torch.Tensor | None
+
+
+def select(
+    layer: Layer, query: torch.Tensor, groups: Sequence[PrefillGroup | DecodeGroup], num_tiles: int
+) -> BlockLists | None:
+    """Ask each group; tiles whose method answers None read every visible block.
+
+    ``query`` holds the [T, Hq, D] packed rows of a batch of ``num_tiles`` tiles.
+    """
+    answers: list[tuple[slice | torch.Tensor, BlockSelection | PageSelection]] = []
+    for group in groups:
+        ask = _ask_prefill if isinstance(group, PrefillGroup) else _ask_decode
+        selection = ask(layer, query, group)  # type: ignore[arg-type]
+        if selection is not None:
+            answers.append((group.tiles, selection))
+    if not answers:
+        return None
+    num_kv_heads, device = layer.geometry.num_kv_heads, query.device
+    capacity = max(selection.indices.shape[2] for _, selection in answers)
+    indices = torch.zeros(num_tiles, num_kv_heads, capacity, dtype=torch.int32, device=device)
+    counts = torch.full((num_tiles, num_kv_heads), -1, dtype=torch.int32, device=device)
+    for places, selection in answers:
+        indices[places, :, : selection.indices.shape[2]] = selection.indices
+        counts[places] = selection.counts
+    return BlockLists(indices, counts)
+
+
+def adapt_thresholds(
+    layer: Layer,
+    groups: Sequence[ThresholdGroup],
+    tiles: QueryTiles,
+    log_thresholds: torch.Tensor,
+    blocks: torch.Tensor,
+) -> torch.Tensor:
+    """[N] natural log of lambda of each tile in this layer.
+
+    ``log_thresholds`` [N] is what tiles have if nobody adapts them, ``blocks`` [N, 3] what the
+    layers before this one counted.
+    """
+    first, last = visible_blocks(tiles, layer.geometry)
+    adapted = log_thresholds.clone()
+    for group in groups:
+        view = ThresholdView(
+            phase=group.phase,
+            kv_lens=group.kv_lens,
+            num_blocks=(last - first + 1)[group.tiles],
+            blocks=blocks[group.tiles],
+            layer=layer.index,
+            num_layers=layer.num_layers,
+        )
+        values = group.method.adapt_thresholds(view)
+        if values is not None:
+            adapted[group.tiles] = values
+    return adapted
+
+
+def _ask_prefill(layer: Layer, query: torch.Tensor, group: PrefillGroup) -> BlockSelection | None:
+    view = PrefillView(
+        query=query[group.rows],
+        keys=layer.keys,
+        pages=group.pages,
+        position=group.position,
+        prompt_len=group.prompt_len,
+        scale=layer.geometry.scale,
+        block_size=layer.keys.shape[1],
+        layer=layer.index,
+        num_layers=layer.num_layers,
+        summaries=layer.summaries if group.method.uses_summaries else None,
+    )
+    if layer.page_scores is not None:
+        scores = group.method.score_pages(view)
+        if scores is not None:
+            layer.page_scores[group.slot, :, : scores.shape[1]] += scores
+    if view.prompt_len < group.method.break_even(Phase.PREFILL):
+        return None
+    return group.method.select_prefill(view)
+
+
+def _ask_decode(layer: Layer, query: torch.Tensor, group: DecodeGroup) -> PageSelection | None:
+    scores = None
+    if layer.page_scores is not None:
+        scores = layer.page_scores[group.slots, :, : group.pages.shape[1]]
+    return group.method.select_decode(
+        DecodeView(
+            query=query[group.rows],
+            keys=layer.keys,
+            pages=group.pages,
+            kv_lens=group.kv_lens,
+            prompt_lens=group.prompt_lens,
+            scale=layer.geometry.scale,
+            layer=layer.index,
+            num_layers=layer.num_layers,
+            summaries=layer.summaries if group.method.uses_summaries else None,
+            page_scores=scores,
+        )
+    )
