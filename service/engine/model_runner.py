@@ -5,12 +5,14 @@ from collections.abc import Sequence as Items
 import torch
 from torch import nn
 
-from service.engine.batch import Batch, build_batch
+from service.engine.batch import build_batch
+from service.engine.decode_step import DecodeShape, DecodeStep, host_tiles, is_decode_step
+from service.engine.graphs import DecodeGraphs
 from service.engine.kv_cache import allocate_caches
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
-from service.models.attention import PagedAttention, bind
-from sparse_methods.kernels import pick_implementation
+from service.models.attention import AttentionBatch, PagedAttention, bind
+from sparse_methods.kernels import pick_cache_writer, pick_implementation
 from sparse_methods.kernels.operation import LayerGeometry
 from sparse_methods.statistics import PHASES, RequestStatistics, read_statistics
 
@@ -40,11 +42,24 @@ class ModelRunner:
         self.geometries = [geometry for _, geometry in modules]
         self.num_pages = num_pages
         self.block_size = block_size
-        self.attention_name, implementation = pick_implementation()
-        caches = allocate_caches(self.geometries, num_pages, block_size, self.dtype, self.device)
+        self.attention_name, implementation = pick_implementation("auto", self.device)
+        self._num_slots = num_slots
+        # One page and one slot more than are handed out: padding rows write and count there.
+        caches = allocate_caches(
+            self.geometries, num_pages + 1, block_size, self.dtype, self.device
+        )
         self._model = model
-        self._attention = PagedAttention(self.geometries, caches, implementation, num_slots)
+        self._attention = PagedAttention(
+            self.geometries,
+            caches,
+            implementation,
+            num_slots + 1,
+            pick_cache_writer(self.attention_name),
+        )
         bind(self._attention, [module for module, _ in modules])
+        self._graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda":
+            self._graphs = DecodeGraphs(self._forward, self.new_decode_step)
 
     @property
     def heartbeat(self) -> float:
@@ -57,15 +72,39 @@ class ModelRunner:
         for chunk in chunks:
             if chunk.start == 0:
                 self._reset_statistics(chunk.sequence)
+        if self._graphs is not None and is_decode_step(chunks):
+            return self._graphs.run(chunks), [chunk.sequence for chunk in chunks]
         batch = build_batch(chunks, self.block_size, self.device)
         # A step that completes nobody still needs one row: an empty index keeps no logits.
-        return self._forward(batch, batch.last_rows), batch.completed
+        logits = self._forward(batch.token_ids, batch.positions, batch.attention, batch.last_rows)
+        return logits, batch.completed
+
+    @torch.inference_mode()
+    def run_padded_step(self, chunks: Items[Chunk]) -> torch.Tensor:
+        """[S, V] logits of decode chunks by the way that graphs capture, without a graph."""
+        step = self.new_decode_step(DecodeShape.of(chunks))
+        step.fill(chunks)
+        rows = torch.arange(step.shape.num_rows, device=self.device)
+        tiles = host_tiles(chunks, step.shape.num_rows)
+        logits = self._forward(step.token_ids, step.positions, step.batch(tiles), rows)
+        return logits[: len(chunks)]
+
+    def new_decode_step(self, shape: DecodeShape) -> DecodeStep:
+        """Buffers for decode steps of a shape."""
+        return DecodeStep(
+            shape,
+            self.block_size,
+            self.device,
+            spare_page=self.num_pages,
+            spare_slot=self._num_slots,
+        )
 
     @torch.inference_mode()
     def run_all_logits(self, chunks: Items[Chunk]) -> torch.Tensor:
         """Compute the chunks; return [T, V] logits of every packed row."""
         batch = build_batch(chunks, self.block_size, self.device)
-        return self._forward(batch, torch.arange(len(batch.token_ids), device=self.device))
+        rows = torch.arange(len(batch.token_ids), device=self.device)
+        return self._forward(batch.token_ids, batch.positions, batch.attention, rows)
 
     def statistics(self, sequence: Sequence) -> RequestStatistics:
         """What the sequence's attention read since it was (last) started."""
@@ -79,11 +118,18 @@ class ModelRunner:
             [geometry.num_heads for geometry in self.geometries],
         )
 
-    def _forward(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
-        with self._attention.running(batch.attention):
+    def _forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """[S, V] logits of the packed rows [S] of token ids [T] at positions [T]."""
+        with self._attention.running(batch):
             output = self._model(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
+                input_ids=token_ids[None],
+                position_ids=positions[None],
                 attention_mask=None,
                 use_cache=False,
                 logits_to_keep=rows,

@@ -23,7 +23,7 @@ from service.models.selection import (
     adapt_thresholds,
     select,
 )
-from sparse_methods.kernels import Implementation
+from sparse_methods.kernels import CacheWriter, Implementation, page_summary
 from sparse_methods.kernels.operation import (
     AttentionInputs,
     AttentionOutputs,
@@ -32,9 +32,9 @@ from sparse_methods.kernels.operation import (
     QueryTiles,
 )
 from sparse_methods.kernels.page_summary import (
+    CacheUpdate,
     PageSegments,
     allocate_summaries,
-    update_summaries,
 )
 from sparse_methods.statistics import PHASES
 
@@ -84,10 +84,12 @@ class PagedAttention:
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
         implementation: Implementation,
         num_slots: int,
+        write_cache: CacheWriter = page_summary.write_cache,
     ) -> None:
         self._geometries = list(geometries)
         self._caches = list(caches)
         self._implementation = implementation
+        self._write_cache = write_cache
         self._batch: AttentionBatch | None = None
         self.heartbeat = time.monotonic()
         device = caches[0][0].device
@@ -97,16 +99,12 @@ class PagedAttention:
         self.element_counters = torch.zeros(*shape, 2, dtype=torch.int64, device=device)
         self._summaries = [allocate_summaries(keys) for keys, _ in caches]
         self._page_scores: list[torch.Tensor] = []  # allocated when the first method scores
-        self._tile_blocks = torch.zeros(0)
+        self._tile_blocks = torch.zeros(0)  # [N, 3] int64, what the layers so far have counted
 
     @contextmanager
     def running(self, batch: AttentionBatch) -> Iterator[None]:
         """Make ``batch`` the one that the layers attend to."""
         self._batch = batch
-        if batch.adaptive:
-            device = batch.counter_rows.device
-            shape = (len(batch.tiles.tiles), 3)
-            self._tile_blocks = torch.zeros(shape, dtype=torch.int64, device=device)
         try:
             yield
         finally:
@@ -145,11 +143,20 @@ class PagedAttention:
         if batch is None:
             raise RuntimeError("an attention layer ran outside of an engine step")
         key_cache, value_cache = self._caches[layer]
-        key_cache.flatten(0, 1).index_copy_(0, batch.slot_mapping, keys.to(key_cache.dtype))
-        value_cache.flatten(0, 1).index_copy_(0, batch.slot_mapping, values.to(value_cache.dtype))
-        if batch.segments is not None:
-            update_summaries(self._summaries[layer], keys, batch.segments)
+        self._write_cache(
+            CacheUpdate(
+                keys=keys,
+                values=values,
+                key_cache=key_cache,
+                value_cache=value_cache,
+                slot_mapping=batch.slot_mapping,
+                summaries=self._summaries[layer],
+                segments=batch.segments,
+            )
+        )
         described = self._describe(layer, batch)
+        if batch.adaptive and layer == 0:
+            self._tile_blocks = torch.zeros_like(batch.counter_rows)[:, None].repeat(1, 3)
         log_thresholds = batch.log_thresholds
         if batch.adaptive and log_thresholds is not None:
             log_thresholds = adapt_thresholds(

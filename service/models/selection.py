@@ -51,6 +51,7 @@ class DecodeGroup:
         prompt_lens: [n] int32, tokens of each row's prompt.
         pages: [n, M] int64, physical pages of each row's request.
         slots: [n] int64, row of the page scores that each row's request owns.
+        members: [n] bool, rows that the method's answer is for; None is all of them.
     """
 
     method: SparseAttentionMethod
@@ -60,6 +61,7 @@ class DecodeGroup:
     prompt_lens: torch.Tensor
     pages: torch.Tensor
     slots: torch.Tensor
+    members: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,14 @@ class ThresholdGroup:
     Attributes:
         tiles: [n] int64, their places in the batch's tiles.
         kv_lens: [n] int64, as ``ThresholdView`` has them.
+        members: [n] bool, tiles that the method's answer is for; None is all of them.
     """
 
     method: SparseAttentionMethod
     phase: Phase
     tiles: torch.Tensor
     kv_lens: torch.Tensor
+    members: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,21 +107,26 @@ def select(
 
     ``query`` holds the [T, Hq, D] packed rows of a batch of ``num_tiles`` tiles.
     """
-    answers: list[tuple[slice | torch.Tensor, BlockSelection | PageSelection]] = []
+    answers: list[tuple[PrefillGroup | DecodeGroup, BlockSelection | PageSelection]] = []
     for group in groups:
         ask = _ask_prefill if isinstance(group, PrefillGroup) else _ask_decode
         selection = ask(layer, query, group)  # type: ignore[arg-type]
         if selection is not None:
-            answers.append((group.tiles, selection))
+            answers.append((group, selection))
     if not answers:
         return None
     num_kv_heads, device = layer.geometry.num_kv_heads, query.device
     capacity = max(selection.indices.shape[2] for _, selection in answers)
     indices = torch.zeros(num_tiles, num_kv_heads, capacity, dtype=torch.int32, device=device)
     counts = torch.full((num_tiles, num_kv_heads), -1, dtype=torch.int32, device=device)
-    for places, selection in answers:
-        indices[places, :, : selection.indices.shape[2]] = selection.indices
-        counts[places] = selection.counts
+    for group, selection in answers:
+        listed, count, width = selection.indices, selection.counts, selection.indices.shape[2]
+        if isinstance(group, DecodeGroup) and group.members is not None:
+            members = group.members[:, None]
+            listed = torch.where(members[..., None], listed, indices[group.tiles, :, :width])
+            count = torch.where(members, count, counts[group.tiles])
+        indices[group.tiles, :, :width] = listed
+        counts[group.tiles] = count
     return BlockLists(indices, counts)
 
 
@@ -145,6 +154,8 @@ def adapt_thresholds(
             num_layers=layer.num_layers,
         )
         values = group.method.adapt_thresholds(view)
+        if values is not None and group.members is not None:
+            values = torch.where(group.members, values, adapted[group.tiles])
         if values is not None:
             adapted[group.tiles] = values
     return adapted

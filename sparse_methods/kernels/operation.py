@@ -95,6 +95,54 @@ class QueryTiles:
         """[N] bool."""
         return self._column([tile.is_decode for tile in self.tiles])
 
+    @property
+    def table(self) -> torch.Tensor:
+        """[N, 4] int32: first row, number of rows, position and request of each tile."""
+        return self._packed[0]
+
+    @property
+    def prefill_indices(self) -> torch.Tensor:
+        """[n] int32, the tiles that are not decode rows, those with the most keys first."""
+        return self._packed[1]
+
+    @property
+    def decode_indices(self) -> torch.Tensor:
+        """[n] int32, the tiles that are decode rows."""
+        return self._packed[2]
+
+    @cached_property
+    def _packed(self) -> tuple[torch.Tensor, ...]:
+        """What kernels read of the tiles, moved to the device in one copy."""
+        tiles = self.tiles
+        order = sorted(range(len(tiles)), key=lambda index: -tiles[index].kv_len)
+        prefill = [index for index in order if not tiles[index].is_decode]
+        decode = [index for index, tile in enumerate(tiles) if tile.is_decode]
+        table = [value for tile in tiles for value in tile[:4]]
+        packed = torch.tensor([*table, *prefill, *decode], dtype=torch.int32).to(self.device)
+        sizes = [len(table), len(prefill), len(decode)]
+        columns, *indices = packed.split(sizes)
+        return columns.view(-1, 4), *indices
+
+    @classmethod
+    def of_rows(
+        cls, tiles: tuple[Tile, ...], block_size: int, positions: torch.Tensor
+    ) -> "QueryTiles":
+        """Decode rows, row i of request i, whose positions [N] int64 the device alone knows.
+
+        Then only the number of ``tiles`` and their longest ``kv_len`` hold: a captured graph runs
+        with other positions, up to that length.
+        """
+        built = cls(tiles, block_size, positions.device)
+        rows = torch.arange(len(tiles), dtype=torch.int32, device=positions.device)
+        columns = [rows, torch.ones_like(rows), positions.to(torch.int32), rows]
+        vars(built).update(
+            positions=positions,
+            kv_lens=positions + 1,
+            is_decode=torch.ones_like(positions, dtype=torch.bool),
+            _packed=(torch.stack(columns, 1), rows[:0], rows),
+        )
+        return built
+
     def _column(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, device=self.device)
 

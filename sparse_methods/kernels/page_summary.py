@@ -1,4 +1,4 @@
-"""Page summaries in eager PyTorch: minimum, maximum and sum of the keys, kept as pages fill."""
+"""Writing keys and values into their pages in eager PyTorch, with the summaries of the pages."""
 
 from dataclasses import dataclass
 
@@ -20,6 +20,40 @@ class PageSegments:
     pages: torch.Tensor
     lengths: torch.Tensor
     continues: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CacheUpdate:
+    """What one step writes into the cache of one layer.
+
+    Attributes:
+        keys: [T, Hkv, D] packed rows, after RoPE.
+        values: [T, Hkv, Dv].
+        key_cache: [P, page_size, Hkv, D].
+        value_cache: [P, page_size, Hkv, Dv].
+        slot_mapping: [T] int64, flat slot of each row.
+        summaries: Of the key cache.
+        segments: The rows by page; None leaves the summaries alone.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    slot_mapping: torch.Tensor
+    summaries: PageSummaries
+    segments: PageSegments | None
+
+
+def write_cache(update: CacheUpdate) -> None:
+    """Write the rows, and fold their keys into the summaries."""
+    for rows, cache in (
+        (update.keys, update.key_cache),
+        (update.values, update.value_cache),
+    ):
+        cache.flatten(0, 1).index_copy_(0, update.slot_mapping, rows.to(cache.dtype))
+    if update.segments is not None:
+        update_summaries(update.summaries, update.keys, update.segments)
 
 
 def allocate_summaries(keys: torch.Tensor) -> PageSummaries:
