@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: serve test check fix bench clean
+.PHONY: serve test check fix bench gpu clean
 
 serve: $(VENV)/.installed  ## serve the built-in model on 127.0.0.1:8000
 	$(BIN)/sparseserve serve $(ARGS)
@@ -25,6 +25,13 @@ fix: $(VENV)/.installed-dev  ## format, and mend what the linter can mend
 
 bench: $(VENV)/.installed-dev  ## engine benchmarks on this machine, one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engine $(ARGS)
+
+gpu:  ## tests and short benchmarks on a CUDA device, with the packages that PYTHON finds
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests
+	PYTHONPATH=. $(PYTHON) -m pytest -q tests/sparse_methods/kernels
+	PYTHONPATH=. $(PYTHON) -m benchmarks.kernels --quick
+	PYTHONPATH=. $(PYTHON) -m benchmarks.decode --quick
+	PYTHONPATH=. $(PYTHON) -m benchmarks.llama --longest 32768 $(ARGS)
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,166 @@
+"""Our engine with random weights in the shape of Llama 3.1 8B on a GPU: prefill and decode.
+
+``python -m benchmarks.llama`` prints time to first token and milliseconds per decode step; the
+last column is the best figure known of another engine on an H100 (vLLM 0.23.0, FlashAttention 3,
+CUDA graphs; measured on the same shapes).
+"""
+
+import time
+from typing import Any
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.initialization import no_init_weights
+
+from benchmarks.report import save
+from service.engine.kv_cache import PageAllocator
+from service.engine.model_runner import ModelRunner
+from service.engine.scheduler import Chunk
+from service.engine.sequence import SamplingParams, Sequence
+from service.models.attention import NAME
+from service.models.discovery import discover
+from service.models.hugging_face import set_attention
+from sparse_methods import get_sparse_method
+
+_CONFIG: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131200,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+_BLOCK = 128
+_PEER_FIRST_TOKEN_S = {1024: 0.025, 8192: 0.206, 32768: 1.167, 131072: 10.19}
+_PEER_STEP_MS = {
+    (1, 1024): 6.74,
+    (32, 1024): 8.74,
+    (128, 1024): 14.44,
+    (8, 32768): 19.45,
+    (1, 131072): 12.56,
+}
+
+
+def main(
+    methods: str = "dense",
+    num_layers: int = 32,
+    longest: int = 131072,
+    chunk: int = 8192,
+    *,
+    write: bool = True,
+) -> None:
+    """Measure every method of a comma-separated list."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("this benchmark needs a CUDA device")
+    runner = build_runner(num_layers)
+    results: dict[str, Any] = {}
+    for name in methods.split(","):
+        results[name] = measure(runner, name, longest, chunk)
+    if write:
+        print(f"written to {save('llama-gpu', results)}")
+
+
+def build_runner(num_layers: int = 32) -> ModelRunner:
+    """A model with random weights, and a cache for 300,000 tokens."""
+    config = LlamaConfig(**{**_CONFIG, "num_hidden_layers": num_layers})
+    with torch.device("cuda"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="eager"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.data.normal_(0, 0.02)
+        else:
+            parameter.data.fill_(1.0 if "norm" in name else 0.0)
+    model.eval().requires_grad_(requires_grad=False)
+    layers = discover(model)
+    set_attention(model, NAME)
+    modules = [(layer.module, layer.geometry) for layer in layers]
+    return ModelRunner(model, modules, num_pages=2400, block_size=_BLOCK, num_slots=160)
+
+
+def measure(runner: ModelRunner, name: str, longest: int, chunk: int) -> dict[str, Any]:
+    """Seconds to the first token, and milliseconds per decode step, by shape."""
+    result: dict[str, Any] = {"first_token_s": {}, "step_ms": {}}
+    print(f"\n{name}")
+    for length, peer in _PEER_FIRST_TOKEN_S.items():
+        if length <= longest:
+            seconds = min(first_token(runner, name, length, chunk) for _ in range(3))
+            result["first_token_s"][length] = seconds
+            print(f"  first token {length:7d}  {seconds:8.4f} s   ratio {peer / seconds:5.2f}")
+    for (batch, length), peer in _PEER_STEP_MS.items():
+        if length <= longest:
+            milliseconds = decode_step(runner, name, batch, length)
+            result["step_ms"][f"{batch}x{length}"] = milliseconds
+            ratio = peer / milliseconds
+            print(f"  decode {batch:4d}x{length:<7d} {milliseconds:8.3f} ms  ratio {ratio:5.2f}")
+    return result
+
+
+def first_token(runner: ModelRunner, name: str, length: int, chunk: int) -> float:
+    """Seconds from tokens to the choice of the first one, prefilled in chunks."""
+    sequence, logits = _sequence(name, length, 0), torch.empty(0)
+    allocator = PageAllocator(runner.num_pages, _BLOCK)
+    torch.cuda.synchronize()
+    started_at = time.perf_counter()
+    for start in range(0, length, chunk):
+        num_tokens = min(chunk, length - start)
+        if not allocator.try_reserve(sequence, num_tokens):
+            raise MemoryError("the cache is too small")
+        logits, _ = runner.run([Chunk(sequence, start, num_tokens)])
+        sequence.num_computed_tokens += num_tokens
+    logits.argmax(-1).tolist()
+    return time.perf_counter() - started_at
+
+
+def decode_step(
+    runner: ModelRunner, name: str, batch: int, length: int, num_steps: int = 20
+) -> float:
+    """Milliseconds per step; keys are whatever the cache holds, since time does not depend on it.
+
+    The methods of a batch are those of ``name`` in turns, separated by a plus sign.
+    """
+    names = name.split("+")
+    allocator = PageAllocator(runner.num_pages, _BLOCK)
+    sequences = []
+    for index in range(batch):
+        sequence = _sequence(names[index % len(names)], length - num_steps - 4, index)
+        if not allocator.try_reserve(sequence, length):
+            raise MemoryError("the cache is too small")
+        sequence.num_computed_tokens = sequence.num_prompt_tokens
+        sequences.append(sequence)
+
+    def step() -> None:
+        for sequence in sequences:
+            sequence.output_ids.append(7)
+        logits, _ = runner.run([Chunk(s, s.num_computed_tokens, 1) for s in sequences])
+        logits.argmax(-1).tolist()
+        for sequence in sequences:
+            sequence.num_computed_tokens += 1
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    started_at = time.perf_counter()
+    for _ in range(num_steps):
+        step()
+    return (time.perf_counter() - started_at) / num_steps * 1e3
+
+
+def _sequence(name: str, num_prompt: int, slot: int) -> Sequence:
+    generator = torch.Generator().manual_seed(slot)
+    return Sequence(
+        request_id=str(slot),
+        prompt_ids=torch.randint(8, 100_000, (num_prompt,), generator=generator).tolist(),
+        method=get_sparse_method(name)(),
+        sampling=SamplingParams(),
+        generator=generator,
+        slot=slot,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,107 @@
+"""The engine on a CUDA device against the engine on the CPU, with the built-in model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.engine.engine import Engine
+from service.engine.events import NoEvents
+from service.engine.generation import build_sequence
+from service.engine.sequence import SamplingParams, Sequence
+from service.models.loading import load_model
+from service.settings import Settings
+from sparse_methods import get_sparse_method, list_sparse_methods
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(300),
+]
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "planted_number.json"
+IDS = [(name, version) for name, versions in list_sparse_methods().items() for version in versions]
+
+
+def engine_on(device: str) -> Engine:
+    loaded = load_model(None, device, "float32")
+    settings = Settings(kv_cache_bytes=2**31, max_running_requests=32)
+    return Engine(settings, loaded, NoEvents())
+
+
+@pytest.fixture(scope="module")
+def on_gpu():
+    return engine_on("cuda")
+
+
+def generate(engine: Engine, requests: list[tuple[str, str]], prompts, num_tokens: int):
+    """Tokens of every request, run as one batch, greedy."""
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    sequences: list[Sequence] = []
+    for index, ((name, version), prompt) in enumerate(zip(requests, prompts, strict=True)):
+        method = get_sparse_method(name, version)()
+        sequences.append(build_sequence(str(index), prompt, method, sampling, index))
+        engine.core.add(sequences[-1])
+    statistics = {}
+    while engine.core.has_work:
+        for sequence, update in engine.core.step().items():
+            if update.finish is not None:
+                statistics[sequence] = update.finish.statistics
+    return [(s.output_ids, statistics[s]) for s in sequences]
+
+
+def planted_prompt(engine: Engine, num_tokens: int) -> list[int]:
+    """The end of the example prompt, with its planted number, and the sequence's first token."""
+    prompt = engine.tokenizer.encode(json.loads(EXAMPLE.read_text())["prompt"])
+    return prompt[:1] + prompt[-num_tokens + 1 :]
+
+
+@pytest.mark.parametrize(("name", "version"), IDS, ids=["@".join(i) for i in IDS])
+def test_tokens_and_statistics_are_those_of_the_cpu(name, version, on_gpu):
+    on_cpu = engine_on("cpu")
+    prompt = planted_prompt(on_cpu, 1500)
+    [expected] = generate(on_cpu, [(name, version)], [prompt], 10)
+    [given] = generate(on_gpu, [(name, version)], [prompt], 10)
+    assert given[0] == expected[0]
+    for one, other in zip(given[1].layers, expected[1].layers, strict=True):
+        for phase, counts in one.phases.items():
+            assert counts.blocks_total == other.phases[phase].blocks_total
+            # Decisions at the very edge may fall the other way where sums are rounded otherwise.
+            assert counts.density == pytest.approx(other.phases[phase].density, abs=0.02)
+
+
+def test_a_mixed_batch_gives_each_request_what_it_gets_alone(on_gpu):
+    prompts = [planted_prompt(on_gpu, 300 + 117 * index) for index in range(len(IDS))]
+    together = generate(on_gpu, IDS, prompts, 20)
+    for request, prompt, (tokens, _) in zip(IDS, prompts, together, strict=True):
+        [(alone, _)] = generate(on_gpu, [request], [prompt], 20)
+        assert tokens == alone, request
+
+
+def test_a_decode_step_does_not_wait_for_the_device(on_gpu):
+    from service.engine.kv_cache import PageAllocator
+    from service.engine.scheduler import Chunk
+
+    runner, allocator = on_gpu._runner, PageAllocator(on_gpu._runner.num_pages, 128)
+    sequences = []
+    for index, (name, version) in enumerate(IDS):
+        method = get_sparse_method(name, version)()
+        sequence = build_sequence(str(index), list(range(10, 400)), method, SamplingParams(), index)
+        sequence.slot = index
+        assert allocator.try_reserve(sequence, 395)
+        sequences.append(sequence)
+    runner.run([Chunk(s, 0, 390) for s in sequences])
+
+    def step():
+        for sequence in sequences:
+            sequence.output_ids.append(9)
+        return runner.run([Chunk(s, s.num_tokens - 1, 1) for s in sequences])
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits, _ = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert logits.isfinite().all()
