@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 
 from service.api.schemas import SamplingFields
+from service.cli_calibrate import calibrate
+from service.cli_evaluate import evaluate
 from service.errors import ServiceError
 from service.options import OptionGroup, with_options
 from service.settings import Settings
@@ -31,6 +33,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,  # locals may hold a prompt
 )
+
+app.command()(calibrate)
+app.command()(evaluate)
 
 _HTTP_ONLY = ("host", "port", "metrics_need_key", "max_body_bytes", "shutdown_timeout_s")
 

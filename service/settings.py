@@ -22,6 +22,14 @@ class Settings(BaseSettings):
         "auto", description="Weights and KV cache; auto is float32 on a CPU, bfloat16 on a GPU."
     )
     method: str = Field("flash_skip_softmax", description="Method of requests that name none.")
+    allow_evaluation_methods: bool = Field(
+        default=False,
+        description="Whether clients may choose methods that cost more than dense attention.",
+    )
+    calibration: Path | None = Field(
+        None,
+        description="File of `sparseserve calibrate`; unset takes calibration.json of the model.",
+    )
     max_context_tokens: int | None = Field(
         None, ge=1, description="Longest prompt plus output; unset takes the model's own limit."
     )

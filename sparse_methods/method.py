@@ -11,12 +11,13 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import override
 
+from sparse_methods.calibration.artifact import MethodCalibration
 from sparse_methods.errors import InvalidKnobsError
 from sparse_methods.views import (
     BlockSelection,
@@ -56,6 +57,7 @@ class SparseAttentionMethod(ABC):
         source: Publication or code the rule comes from.
         uses_summaries: Whether its views must hold page summaries.
         evaluation_only: Whether it costs more than dense attention, and exists to be compared with.
+        has_target_sparsity: Whether its own thresholds can be calibrated to a target sparsity.
     """
 
     Knobs: ClassVar[type[_Knobs]] = _Knobs
@@ -65,6 +67,7 @@ class SparseAttentionMethod(ABC):
     source: ClassVar[str] = ""
     uses_summaries: ClassVar[bool] = False
     evaluation_only: ClassVar[bool] = False
+    has_target_sparsity: ClassVar[bool] = False
 
     def __init__(self, method_config: Mapping[str, Any] | _Knobs | None = None) -> None:
         self.knobs = self._validate(method_config)
@@ -129,6 +132,10 @@ class SparseAttentionMethod(ABC):
     def adapt_thresholds(self, view: ThresholdView) -> torch.Tensor | None:  # noqa: ARG002 - a hook
         """[N] log of lambda for this layer, instead of ``skip_threshold``; None keeps that."""
         return None
+
+    def with_calibration(self, calibration: MethodCalibration) -> Self:  # noqa: ARG002 - a hook
+        """The same method bound to fits for the model that is served, if they are of it."""
+        return self
 
     def visits_diagonal_first(self, phase: Phase) -> bool:  # noqa: ARG002 - a hook
         """Whether tiles visit their own block, then the first, then the rest in order.

@@ -87,16 +87,23 @@ def choose_method(
     """Resolve the method of a request, and put it into the headers of its answer.
 
     Raises:
-        BadRequestError: Query and body disagree.
+        BadRequestError: Query and body disagree, or the method is for evaluation only.
         SparseMethodError: Method, version or a knob is unknown or invalid.
     """
     name = _agreed("method", query.method, body.method)
     version = _agreed("version", query.version, body.version)
     cls = get_sparse_method(engine.default_method[0] if name is None else name, version)
+    if cls.evaluation_only and not engine.settings.allow_evaluation_methods:
+        raise BadRequestError(
+            f"Method {cls.registered_name!r} costs more than dense attention and exists to be"
+            " compared with; this server does not run it. Its operator can allow it with the"
+            " setting allow_evaluation_methods.",
+            "method",
+        )
     headers = request.state.response_headers
     headers["X-Sparse-Method"] = cls.registered_name
     headers["X-Sparse-Version"] = cls.registered_version
-    method = cls(body.method_params)
+    method = engine.calibrated(cls(body.method_params))
     method.check_servable(engine.settings.block_size)
     if query.method is not None or (query.version is not None and body.method is None):
         return ChosenMethod(method, "query")

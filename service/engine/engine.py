@@ -27,11 +27,12 @@ from service.errors import (
     QueueFullError,
     UnavailableError,
 )
+from service.models.calibration_file import load_calibrations
 from service.models.hugging_face import Progress
 from service.models.loading import LoadedModel, load_model
 from service.models.self_test import SelfTestReport, run_self_test
 from service.settings import Settings
-from sparse_methods import get_sparse_method, latest_version
+from sparse_methods import SparseAttentionMethod, get_sparse_method, latest_version
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Engine:
         self.model_name = loaded.name
         self.default_method = (settings.method, latest_version(settings.method))
         get_sparse_method(settings.method)().check_servable(settings.block_size)
+        self._calibrations = load_calibrations(settings.calibration, loaded.directory)
         geometries = [layer.geometry for layer in loaded.layers]
         self._num_pages = num_pages(settings, geometries, loaded)
         capacity = self._num_pages * settings.block_size
@@ -138,6 +140,7 @@ class Engine:
             PromptTooLongError: The prompt leaves no room for an answer.
             BadRequestError: The prompt is empty or has unknown tokens.
         """
+        request = dataclasses.replace(request, method=self.calibrated(request.method))
         request.method.check_servable(self.settings.block_size)
         self._check_admission(request.n)  # before the work of encoding, and again after it
         prompt_ids = await self._encode(request)
@@ -148,6 +151,12 @@ class Engine:
         for index, sequence in enumerate(sequences):
             self._loop.add(sequence, Address(event_loop, outbox, index))
         return Generation(self._loop, sequences, outbox)
+
+    def calibrated(self, method: SparseAttentionMethod) -> SparseAttentionMethod:
+        """The method bound to what was calibrated of it for this model."""
+        for calibration in self._calibrations:
+            method = method.with_calibration(calibration)
+        return method
 
     def status(self) -> EngineStatus:
         """State of the engine, read without waiting."""

@@ -4,6 +4,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 
 import torch
 
@@ -65,11 +66,14 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool):
             logits = forward()
         logger.debug("captured a decode step of %s rows, %s pages", shape.num_rows, shape.num_pages)
-        return _Captured(step, graph, logits)
+        return _Captured(step, rows, graph, logits)
 
 
+@dataclass(frozen=True)
 class _Captured:
-    def __init__(self, step: DecodeStep, graph: torch.cuda.CUDAGraph, logits: torch.Tensor) -> None:
-        self.step = step
-        self.graph = graph
-        self.logits = logits
+    """A graph with what it reads and writes: memory that must live as long as the graph."""
+
+    step: DecodeStep
+    rows: torch.Tensor
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor

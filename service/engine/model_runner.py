@@ -1,5 +1,6 @@
 """One model on one device: runs a step, keeps the statistics of whoever runs."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import torch
@@ -13,7 +14,7 @@ from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.models.attention import AttentionBatch, PagedAttention, bind
 from sparse_methods.kernels import pick_cache_writer, pick_implementation
-from sparse_methods.kernels.operation import LayerGeometry
+from sparse_methods.kernels.operation import AttentionInputs, LayerGeometry
 from sparse_methods.statistics import PHASES, RequestStatistics, read_statistics
 
 
@@ -105,6 +106,10 @@ class ModelRunner:
         batch = build_batch(chunks, self.block_size, self.device)
         rows = torch.arange(len(batch.token_ids), device=self.device)
         return self._forward(batch.token_ids, batch.positions, batch.attention, rows)
+
+    def observe(self, observer: Callable[[AttentionInputs], None]) -> None:
+        """Call ``observer`` with the inputs of every attention layer that runs without a graph."""
+        self._attention.observe(observer)
 
     def statistics(self, sequence: Sequence) -> RequestStatistics:
         """What the sequence's attention read since it was (last) started."""

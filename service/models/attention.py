@@ -6,7 +6,7 @@ object for the duration of one forward; nothing is global.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +109,16 @@ class PagedAttention:
             yield
         finally:
             self._batch = None
+
+    def observe(self, observer: Callable[[AttentionInputs], None]) -> None:
+        """Call ``observer`` with the inputs of every layer from now on."""
+        attend = self._implementation
+
+        def observed(inputs: AttentionInputs) -> AttentionOutputs:
+            observer(inputs)
+            return attend(inputs)
+
+        self._implementation = observed
 
     def forget(self, slot: int) -> None:
         """Start a request over: its counters and page scores are zero again."""

@@ -95,6 +95,16 @@ class QueryTiles:
         """[N] bool."""
         return self._column([tile.is_decode for tile in self.tiles])
 
+    @cached_property
+    def max_kv_len(self) -> int:
+        """Most keys that a tile's last row sees under causality."""
+        return max(tile.kv_len for tile in self.tiles)
+
+    @cached_property
+    def counts_without_lists(self) -> dict[LayerGeometry, tuple[torch.Tensor, torch.Tensor]]:
+        """What ``count_selected`` found, by geometry, for tiles that have no lists."""
+        return {}
+
     @property
     def table(self) -> torch.Tensor:
         """[N, 4] int32: first row, number of rows, position and request of each tile."""
@@ -111,17 +121,19 @@ class QueryTiles:
         return self._packed[2]
 
     @cached_property
-    def _packed(self) -> tuple[torch.Tensor, ...]:
+    def _packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What kernels read of the tiles, moved to the device in one copy."""
         tiles = self.tiles
         order = sorted(range(len(tiles)), key=lambda index: -tiles[index].kv_len)
         prefill = [index for index in order if not tiles[index].is_decode]
         decode = [index for index, tile in enumerate(tiles) if tile.is_decode]
         table = [value for tile in tiles for value in tile[:4]]
-        packed = torch.tensor([*table, *prefill, *decode], dtype=torch.int32).to(self.device)
-        sizes = [len(table), len(prefill), len(decode)]
-        columns, *indices = packed.split(sizes)
-        return columns.view(-1, 4), *indices
+        # Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes.
+        padding = [0] * (-len(prefill) % 4)
+        values = torch.tensor([*table, *prefill, *padding, *decode], dtype=torch.int32)
+        sizes = [len(table), len(prefill), len(padding), len(decode)]
+        columns, prefill_indices, _, decode_indices = values.to(self.device).split(sizes)
+        return columns.view(-1, 4), prefill_indices, decode_indices
 
     @classmethod
     def of_rows(
@@ -252,14 +264,30 @@ def listed_and_visible(inputs: AttentionInputs) -> torch.Tensor:
 def count_selected(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Counters before any threshold: ``blocks`` and ``kv_elements`` of ``AttentionOutputs``."""
     tiles, geometry = inputs.tiles, inputs.geometry
+    if inputs.lists is not None:
+        return _count(tiles, geometry, inputs.lists, listed_and_visible(inputs))
+    cached = tiles.counts_without_lists
+    if geometry not in cached:  # the same in every layer of a kind
+        cached[geometry] = _count(tiles, geometry, None, None)
+    blocks, kv_elements = cached[geometry]
+    if inputs.log_thresholds is None:
+        return blocks, kv_elements
+    return blocks.clone(), kv_elements.clone()  # what the threshold drops comes on top
+
+
+def _count(
+    tiles: QueryTiles,
+    geometry: LayerGeometry,
+    lists: BlockLists | None,
+    listed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     first, last = visible_blocks(tiles, geometry)
     total = (last - first + 1)[:, None].expand(-1, geometry.num_kv_heads)  # [N, Hkv]
     selected, reads_last = total, torch.ones_like(total, dtype=torch.bool)
-    if inputs.lists is not None:
-        is_listed = inputs.lists.counts >= 0
-        listed = listed_and_visible(inputs)
+    if lists is not None and listed is not None:
+        is_listed = lists.counts >= 0
         selected = torch.where(is_listed, listed.sum(-1), total)
-        is_last = listed & (inputs.lists.indices == last[:, None, None])
+        is_last = listed & (lists.indices == last[:, None, None])
         reads_last = ~is_listed | is_last.any(-1)
     missing = tiles.block_size - 1 - (tiles.kv_lens - 1) % tiles.block_size  # keys the last lacks
     per_key = geometry.head_dim + geometry.value_dim

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.timeout(300)  # real prompts on two slow cores
 
-SKIP = {"threshold": {"prefill": 0.5, "decode": 0.5}}
+SKIP = {"prefill_threshold": 0.5, "decode_threshold": 0.5}
 
 
 def check_counts(answer):

@@ -23,7 +23,7 @@ from service.errors import PromptTooLongError, ServiceError, UnavailableError
 from service.main import create_app
 from service.server import Server
 from service.settings import Settings
-from sparse_methods import Phase
+from sparse_methods import Phase, SparseAttentionMethod
 from sparse_methods.statistics import LayerStatistics, PhaseStatistics, RequestStatistics
 
 WORDS = ("Once", " upon", " a", " time")
@@ -106,6 +106,9 @@ class FakeEngine:
     @classmethod
     def load(cls, settings: Settings, events: EngineEvents, _progress: object = None):
         return cls(settings, events)
+
+    def calibrated(self, method: SparseAttentionMethod) -> SparseAttentionMethod:
+        return method
 
     async def submit(self, request: GenerationRequest) -> FakeGeneration:
         if self.is_draining:

@@ -111,7 +111,7 @@ def test_a_context_below_the_break_even_runs_dense():
 
 
 def test_the_threshold_of_a_prefill_tile_does_not_depend_on_the_chunk():
-    knobs = {"threshold": {"prefill": 0.5, "decode": 0.25}, "br": BLOCK, "bc": BLOCK}
+    knobs = {"prefill_threshold": 0.5, "decode_threshold": 0.25}
     one = sequence(40, 1, "flash_skip_softmax", knobs)
     thresholds = build_batch(
         [Chunk(one, 0, 41), Chunk(sequence(3, 0), 0, 3)], BLOCK, torch.device("cpu")

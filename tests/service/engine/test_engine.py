@@ -23,7 +23,7 @@ from service.errors import (
 from service.settings import Settings
 from sparse_methods import Phase, UnsupportedError, get_sparse_method
 
-SKIP = {"threshold": {"prefill": 0.3, "decode": 0.3}}
+SKIP = {"prefill_threshold": 0.3, "decode_threshold": 0.3}
 METHODS = [
     ("dense", {}),
     ("streaming", {"window_blocks": 1}),
@@ -218,9 +218,17 @@ def test_a_prompt_of_no_or_unknown_tokens_is_refused(engine, prompt):
         run(engine, request(prompt))
 
 
-def test_a_method_that_cannot_be_served_is_refused(engine):
-    with pytest.raises(UnsupportedError, match="128"):
-        run(engine, request(prompt_of(5), "flash_skip_softmax", {"br": 64, "bc": 64}))
+@pytest.mark.parametrize(
+    ("version", "knobs", "words"),
+    [
+        ("v1", {"br": 64, "bc": 64}, "128"),
+        ("v2", {"target_sparsity": 0.5}, "needs a calibration"),
+    ],
+)
+def test_a_method_that_cannot_be_served_is_refused(engine, version, knobs, words):
+    method = get_sparse_method("flash_skip_softmax", version)(knobs)
+    with pytest.raises(UnsupportedError, match=words):
+        run(engine, dataclasses.replace(request(prompt_of(5)), method=method))
 
 
 @pytest.mark.parametrize("num_prompt", [10, 3000])

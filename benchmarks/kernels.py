@@ -1,0 +1,256 @@
+"""Prefill attention of one layer on a GPU: our kernel against cuDNN and flash-attn-4.
+
+Dense attention, block lists of known density, and thresholds on clustered queries and keys of
+which a known share of tiles scores far below the row's maximum: random ones would skip nothing
+and prove nothing. Ours reads shuffled pages; its time includes what it counts and allocates.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import triton
+import typer
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.errors import TritonError
+
+from benchmarks.report import save
+from sparse_methods.kernels.operation import (
+    AttentionInputs,
+    BlockLists,
+    LayerGeometry,
+    PageTable,
+    QueryTiles,
+    Tile,
+)
+from sparse_methods.kernels.triton_attention import attend
+from sparse_methods.kernels.triton_prefill import PrefillConfig, prefill
+from sparse_methods.kernels.triton_workspace import Workspace
+
+_GEOMETRY = LayerGeometry(
+    num_heads=32, num_kv_heads=8, head_dim=128, value_dim=128, scale=128**-0.5
+)
+_PAGE = 128
+_LENGTHS = (8192, 32768, 131072)
+_DENSITIES = (0.26, 0.11)
+_SKIPPED_SHARES = (0.49, 0.73, 0.88)
+_NUM_CLUSTERS = 32  # directions of queries; each key is near some of them
+_CLUSTERED_KEYS = 256
+_LOG_THRESHOLD = math.log(1e-3)
+_VARIANTS = [
+    PrefillConfig(num_warps, num_stages, sub_tile, use_tma=use_tma, split_loops=split_loops)
+    for num_warps, num_stages, sub_tile in [(8, 2, 128), (8, 3, 128), (8, 3, 64), (4, 3, 64)]
+    for use_tma in (False, True)
+    for split_loops in (True, False)
+] + [PrefillConfig(8, stages, 128, use_tma=True, warp_specialize=True) for stages in (2, 3)]
+_SKIPPING_VARIANTS = [
+    PrefillConfig(8, num_stages, 128, use_tma=use_tma, eager_values=eager_values)
+    for num_stages in (2, 3)
+    for use_tma in (False, True)
+    for eager_values in (False, True)
+]
+Run = Callable[[], Any]
+
+
+def main(*, quick: bool = False, warmup: bool = False, write: bool = True) -> None:
+    """Run the comparisons and print ratios first.
+
+    Args:
+        quick: Measure for a few seconds each, and leave out the longest prompt.
+        warmup: Also time the ways to compile the kernel, at 32768 tokens.
+        write: Save the results as JSON.
+    """
+    if not torch.cuda.is_available():
+        print("This benchmark needs a CUDA device.")
+        raise typer.Exit(2)
+    rep_ms = 100 if quick else 1000
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+    for length in _LENGTHS[:2] if quick else _LENGTHS:
+        _report(results, f"dense {length}", dense(length, rep_ms))
+    inputs = build(32768)
+    cudnn = _milliseconds(_cudnn(inputs), rep_ms)
+    for density in _DENSITIES:
+        _report(results, f"lists at density {density}", lists(inputs, density, cudnn, rep_ms))
+    for share in _SKIPPED_SHARES:
+        _report(results, f"thresholds, {share} skipped", skipping(inputs, share, cudnn, rep_ms))
+    if warmup:
+        _report(results, "dense 32768, ms", variants(inputs, _VARIANTS, rep_ms))
+        clustered = _clustered(inputs, 0.73)
+        _report(results, "0.73 skipped, ms", variants(clustered, _SKIPPING_VARIANTS, rep_ms))
+    if write:
+        print(f"\nwritten to {save('kernels', results)}")
+
+
+def dense(length: int, rep_ms: int) -> dict[str, float]:
+    """Ours and the peers on a whole prompt."""
+    inputs = build(length)
+    expected = _cudnn(inputs)()[0].transpose(0, 1)
+    difference = (attend(inputs).output - expected).abs().max().item()
+    ours = _milliseconds(lambda: attend(inputs), rep_ms)
+    peers = {"cuDNN": _milliseconds(_cudnn(inputs), rep_ms)}
+    if importlib.util.find_spec("flash_attn") is not None:
+        peers["flash-attn-4"] = _milliseconds(_flash_attn_4(inputs), rep_ms)
+    tera_flop = 2 * length * length * _GEOMETRY.num_heads * _GEOMETRY.head_dim / 1e12
+    return {
+        **{f"ratio: speed over {name}": time / ours for name, time in peers.items()},
+        "TFLOP/s": tera_flop / ours * 1e3,
+        **{f"{name}, TFLOP/s": tera_flop / time * 1e3 for name, time in peers.items()},
+        "ms": ours,
+        **{f"{name}, ms": time for name, time in peers.items()},
+        "largest difference to cuDNN": difference,
+    }
+
+
+def lists(inputs: AttentionInputs, density: float, cudnn: float, rep_ms: int) -> dict[str, float]:
+    """Random block lists that are given, not selected."""
+    listed = replace(inputs, lists=_random_lists(inputs, density))
+    blocks = attend(listed).blocks.sum((0, 1))
+    ours = _milliseconds(lambda: attend(listed), rep_ms)
+    return {
+        "ratio: speed over cuDNN dense": cudnn / ours,
+        "density": (blocks[1] / blocks[0]).item(),
+        "ms": ours,
+        "cuDNN dense, ms": cudnn,
+    }
+
+
+def skipping(inputs: AttentionInputs, share: float, cudnn: float, rep_ms: int) -> dict[str, float]:
+    """A threshold that drops a known share of tiles."""
+    clustered = _clustered(inputs, share)
+    blocks = attend(clustered).blocks.sum((0, 1))
+    ours = _milliseconds(lambda: attend(clustered), rep_ms)
+    return {
+        "ratio: speed over cuDNN dense": cudnn / ours,
+        "share skipped": (blocks[2] / blocks[0]).item(),
+        "ms": ours,
+        "cuDNN dense, ms": cudnn,
+    }
+
+
+def variants(
+    inputs: AttentionInputs, configs: list[PrefillConfig], rep_ms: int
+) -> dict[str, float | str]:
+    """Milliseconds of the kernel alone, as each configuration compiles it."""
+    workspace, indices = Workspace.allocate(inputs), inputs.tiles.prefill_indices
+    results: dict[str, float | str] = {}
+    for config in configs:
+        name = " ".join(f"{key}={int(value)}" for key, value in asdict(config).items())
+
+        def run(config: PrefillConfig = config) -> None:
+            prefill(inputs, indices, workspace, config)
+
+        try:
+            results[name] = _milliseconds(run, rep_ms)
+        except (TritonError, RuntimeError) as error:  # too large, or beyond this compiler
+            results[name] = f"{type(error).__name__}: {str(error)[:80]}"
+    return results
+
+
+def build(length: int) -> AttentionInputs:
+    """One prompt of random rows on shuffled pages."""
+    torch.manual_seed(0)
+    num_pages = length // _PAGE
+    tiles = [Tile(row, _PAGE, row, 0, is_decode=False) for row in range(0, length, _PAGE)]
+    cache = num_pages, _PAGE, _GEOMETRY.num_kv_heads, _GEOMETRY.head_dim
+    return AttentionInputs(
+        query=_randn(length, _GEOMETRY.num_heads, _GEOMETRY.head_dim),
+        keys=_randn(*cache),
+        values=_randn(*cache),
+        page_table=PageTable(torch.randperm(num_pages, device="cuda")[None]),
+        tiles=QueryTiles(tuple(tiles), _PAGE, torch.device("cuda")),
+        geometry=_GEOMETRY,
+    )
+
+
+def _randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _random_lists(inputs: AttentionInputs, density: float) -> BlockLists:
+    """Ascending lists per tile and KV head, the first and the diagonal block among them."""
+    count = len(inputs.tiles.tiles)
+    tile = torch.arange(count, device="cuda")[:, None, None]
+    block = torch.arange(count, device="cuda")
+    priority = torch.rand(count, _GEOMETRY.num_kv_heads, count, device="cuda")
+    priority = priority.masked_fill((block == 0) | (block == tile), 2.0)
+    priority = priority.masked_fill(block > tile, -1.0)
+    rank = priority.argsort(-1, descending=True).argsort(-1)
+    num_kept = ((tile + 1) * density).round().clamp(min=2)
+    is_kept = (rank < num_kept) & (block <= tile)
+    indices = torch.where(is_kept, block, count).sort(-1).values
+    capacity = int(is_kept.sum(-1).max())
+    return BlockLists(
+        indices[..., :capacity].int().contiguous(), is_kept.sum(-1, dtype=torch.int32)
+    )
+
+
+def _clustered(inputs: AttentionInputs, share: float) -> AttentionInputs:
+    """Queries of a run of tokens follow one direction; runs of keys score high for some.
+
+    The first run scores high for all, so what is low there lies 20 nats below the maximum.
+    """
+    length, num_clusters = len(inputs.query), _NUM_CLUSTERS
+    directions = torch.linalg.qr(torch.randn(128, num_clusters, device="cuda")).Q.T
+    runs = length // _CLUSTERED_KEYS
+    cluster = torch.randint(num_clusters, (runs, _GEOMETRY.num_heads), device="cuda")
+    hot = torch.rand(runs, _GEOMETRY.num_kv_heads, num_clusters, device="cuda") >= share
+    hot[0] = True
+    strength = math.sqrt(20 / _GEOMETRY.scale)
+    query = (directions[cluster] * strength).repeat_interleave(_CLUSTERED_KEYS, 0)
+    keys = (hot.float() @ directions * strength).repeat_interleave(_CLUSTERED_KEYS, 0)
+    paged = torch.empty_like(inputs.keys)
+    paged[inputs.page_table.pages[0]] = (
+        (keys + 0.02 * torch.randn_like(keys)).view_as(paged).to(paged.dtype)
+    )
+    count = len(inputs.tiles.tiles)
+    return replace(
+        inputs,
+        query=(query + 0.02 * torch.randn_like(query)).to(inputs.query.dtype),
+        keys=paged,
+        log_thresholds=torch.full((count,), _LOG_THRESHOLD, device="cuda"),
+    )
+
+
+def _cudnn(inputs: AttentionInputs) -> Run:
+    pages, group = inputs.page_table.pages[0], _GEOMETRY.group_size
+    query = inputs.query.transpose(0, 1)[None].contiguous()
+    keys, values = (
+        cache[pages].flatten(0, 1).transpose(0, 1).repeat_interleave(group, 0)[None].contiguous()
+        for cache in (inputs.keys, inputs.values)
+    )
+
+    def run() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
+
+    return run
+
+
+def _flash_attn_4(inputs: AttentionInputs) -> Run:
+    from flash_attn.cute import flash_attn_func
+
+    pages = inputs.page_table.pages[0]
+    query = inputs.query[None]
+    keys, values = (cache[pages].flatten(0, 1)[None] for cache in (inputs.keys, inputs.values))
+    return lambda: flash_attn_func(query, keys, values, causal=True)
+
+
+def _milliseconds(run: Run, rep_ms: int) -> float:
+    run()  # compiles
+    median: float = triton.testing.do_bench(run, warmup=25, rep=rep_ms, return_mode="median")
+    return median
+
+
+def _report(results: dict[str, Any], name: str, result: dict[str, Any]) -> None:
+    results[name] = result
+    print(f"\n{name}", flush=True)
+    for key, value in result.items():
+        print(f"  {value if isinstance(value, str) else format(value, '9.4g')}  {key}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
