@@ -77,7 +77,7 @@ def _load(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def attend_tile(  # noqa: PLR0912 (most are decided when it is compiled)
+def attend_tile(
     query,
     keys,
     values,
