@@ -36,10 +36,29 @@ def merge(
     parts: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Combine attention over disjoint keys by the log-sum-exp of each part."""
-    if len(parts) == 1:
-        return parts[0]
-    lse = torch.stack([part_lse for _, part_lse in parts]).logsumexp(0)
-    weights = [(part_lse - lse).exp()[..., None] for _, part_lse in parts]
-    output = sum(output * weight for (output, _), weight in zip(parts, weights, strict=True))
-    assert isinstance(output, torch.Tensor)
+    output, lse = parts[0]
+    for part_output, part_lse in parts[1:]:
+        share = torch.sigmoid(part_lse - lse)
+        output = torch.lerp(output, part_output, share[..., None].to(output.dtype))
+        lse = torch.logaddexp(lse, part_lse)
     return output, lse
+
+
+def causal_squares(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of rows over their own keys.
+
+    Args:
+        query: [t, Hq, n, D].
+        keys: [t, Hkv, n, D].
+        values: [t, Hkv, n, D].
+        scale: Factor of the scores.
+
+    Returns:
+        [t, Hkv, G, n, D] and log-sum-exp [t, Hkv, G, n].
+    """
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
+    output, lse = cpu_flash(query, keys, values, is_causal=True, scale=scale)
+    return output.unflatten(1, (-1, group)), lse.unflatten(1, (-1, group))

@@ -5,6 +5,7 @@ reads every visible block, or those of its lists; a threshold may drop tiles ins
 Every implementation in this folder computes this and nothing else; ``reference`` defines it.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -259,6 +260,26 @@ def listed_and_visible(inputs: AttentionInputs) -> torch.Tensor:
     first, last = visible_blocks(inputs.tiles, inputs.geometry)
     in_use = torch.arange(indices.shape[2], device=indices.device) < counts[..., None]
     return in_use & (indices >= first[:, None, None]) & (indices <= last[:, None, None])
+
+
+def host_lists(inputs: AttentionInputs) -> list[list[list[int]] | None] | None:
+    """Per tile, the visible listed blocks of each KV head in visiting order; None reads all."""
+    if inputs.lists is None:
+        return None
+    listed = listed_and_visible(inputs)
+    if bool(((inputs.lists.counts >= 0) & ~listed.any(-1)).any()):
+        raise ValueError("a tile reads no block: every list must name a visible one")
+    usable = listed.tolist()
+    rows = zip(inputs.lists.indices.tolist(), inputs.lists.counts.tolist(), usable, strict=True)
+    return [
+        None
+        if counts[0] < 0
+        else [
+            list(itertools.compress(blocks, keep))
+            for blocks, keep in zip(indices, keeps, strict=True)
+        ]
+        for indices, counts, keeps in rows
+    ]
 
 
 def count_selected(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:

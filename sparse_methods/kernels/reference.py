@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from sparse_methods.kernels.cpu_flash import cpu_flash, flash, merge
+from sparse_methods.kernels.cpu_flash import causal_squares, flash, merge
 from sparse_methods.kernels.operation import (
     AttentionInputs,
     AttentionOutputs,
     Tile,
     count_selected,
-    listed_and_visible,
+    host_lists,
     num_side_by_side,
     visible_blocks,
 )
@@ -52,7 +52,7 @@ class _Reference:
         num_rows, num_heads = inputs.query.shape[:2]
         self.output = inputs.query.new_empty(num_rows, num_heads, self.geometry.value_dim)
         self.lse = inputs.query.new_empty(num_rows, num_heads, dtype=torch.float32)
-        self.lists = _host_lists(inputs)
+        self.lists = host_lists(inputs)
         self.log_thresholds = (
             None if inputs.log_thresholds is None else inputs.log_thresholds.tolist()
         )
@@ -61,6 +61,7 @@ class _Reference:
         )
         first, last = visible_blocks(inputs.tiles, inputs.geometry)
         self.first_blocks, self.last_blocks = first.tolist(), last.tolist()
+        self.own_squares: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.can_fuse = (
             self.geometry.is_plain
             and self.geometry.head_dim == self.geometry.value_dim
@@ -75,10 +76,10 @@ class _Reference:
             elif self.lists is None or self.lists[first] is None:
                 tail = self.inputs.tiles.tiles[last]
                 num_rows = tail.first_row + tail.num_rows - tile.first_row
-                self._attend_fused(tile._replace(num_rows=num_rows), None, self._all_heads())
+                self._attend_run(tile._replace(num_rows=num_rows))
             else:
                 for heads, listed in self._head_lists(first):
-                    self._attend_fused(tile, listed, heads)
+                    self._attend_listed(first, sorted(listed or ()), heads)
         return AttentionOutputs(self.output, self.lse, self.blocks, self.kv_elements)
 
     def _runs(self) -> Iterator[tuple[int, int]]:
@@ -124,34 +125,62 @@ class _Reference:
 
     # Fused -----------------------------------------------------------------------------------
 
-    def _attend_fused(self, tile: Tile, listed: list[int] | None, heads: slice) -> None:
-        """Keys before the tile's first row need no mask; its own rows are a causal square."""
+    # Keys before a tile's first row need no mask; its own rows are a causal square.
+
+    def _attend_run(self, tile: Tile) -> None:
+        """Attend rows that read every key before them."""
+        heads = self._all_heads()
         query = self._query(tile, heads)
-        own = tile.position // self.block_size
-        before = None if listed is None else sorted(b for b in listed if b <= own)
         if tile.num_rows == 1:
-            keys, values = self._keys_values(tile, before, heads, tile.kv_len)
+            keys, values = self._keys_values(tile, None, heads, tile.kv_len)
+            self._store(tile, heads, *flash(query, keys, values, self.geometry.scale))
+            return
+        own = self._keys_values(tile, None, heads, tile.kv_len, start=tile.position)
+        keys, values = (part[None] for part in own)
+        output, lse = causal_squares(query.flatten(0, 1)[None], keys, values, self.geometry.scale)
+        parts = [(output[0], lse[0])]
+        if tile.position:
+            keys, values = self._keys_values(tile, None, heads, tile.position)
+            parts.append(flash(query, keys, values, self.geometry.scale))
+        self._store(tile, heads, *merge(parts))
+
+    def _attend_listed(self, index: int, listed: list[int], heads: slice) -> None:
+        """Attend a tile that reads the blocks listed, ascending."""
+        tile = self.inputs.tiles.tiles[index]
+        query, own = self._query(tile, heads), tile.position // self.block_size
+        if tile.num_rows == 1:
+            keys, values = self._keys_values(tile, listed, heads, tile.kv_len)
             self._store(tile, heads, *flash(query, keys, values, self.geometry.scale))
             return
         parts = []
-        keys, values = self._keys_values(tile, before, heads, tile.position)
+        if own in listed:
+            output, lse = self._own_square(index)
+            parts.append((output[heads], lse[heads]))
+        keys, values = self._keys_values(tile, listed, heads, tile.position)
         if keys.shape[1]:
             parts.append(flash(query, keys, values, self.geometry.scale))
-        if listed is None or own in listed:
-            parts.append(self._attend_own_square(tile, query, heads))
         self._store(tile, heads, *merge(parts))
 
-    def _attend_own_square(
-        self, tile: Tile, query: torch.Tensor, heads: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self._keys_values(tile, None, heads, tile.kv_len, start=tile.position)
-        group = self.geometry.group_size
-        keys = keys.repeat_interleave(group, 0)[None]
-        values = values.repeat_interleave(group, 0)[None]
-        output, lse = cpu_flash(
-            query.flatten(0, 1)[None], keys, values, is_causal=True, scale=self.geometry.scale
-        )
-        return output[0].unflatten(0, (-1, group)), lse[0].unflatten(0, (-1, group))
+    def _own_square(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[Hkv, G, n, Dv] and [Hkv, G, n] of a tile over its own block.
+
+        Computed with the tiles after it that are as high: small squares are slow one by one.
+        """
+        if index not in self.own_squares:
+            tiles, tile = self.inputs.tiles.tiles, self.inputs.tiles.tiles[index]
+            alike = list(itertools.takewhile(lambda other: _is_alike(tile, other), tiles[index:]))
+            row = self.inputs.page_table.rows[tile.request]
+            pages = [row[other.position // self.block_size] for other in alike]
+            keys, values = (
+                cache[pages, : tile.num_rows].transpose(1, 2)
+                for cache in (self.inputs.keys, self.inputs.values)
+            )
+            rows = self.inputs.query[tile.first_row : tile.first_row + len(alike) * tile.num_rows]
+            query = rows.unflatten(0, (len(alike), -1)).transpose(1, 2)
+            squares = causal_squares(query, keys, values, self.geometry.scale)
+            for place, square in enumerate(zip(*squares, strict=True)):
+                self.own_squares[index + place] = square
+        return self.own_squares[index]
 
     def _keys_values(
         self, tile: Tile, listed: list[int] | None, heads: slice, stop: int, start: int = 0
@@ -166,15 +195,16 @@ class _Reference:
             return self._no_keys(self.inputs.keys), self._no_keys(self.inputs.values)
         skip = start - logical[0] * size if listed is None else 0
         num_keys = len(logical) * size - max(0, (logical[-1] + 1) * size - stop)
-        keys, values = self._gather(tile.request, logical)
-        keys, values = keys[skip:num_keys, heads], values[skip:num_keys, heads]
-        return keys.transpose(0, 1), values.transpose(0, 1)
+        keys, values = self._gather(tile.request, logical, heads)
+        return keys[:, skip:num_keys], values[:, skip:num_keys]
 
     def _no_keys(self, cache: torch.Tensor) -> torch.Tensor:
         return cache.new_empty(1, 0, cache.shape[-1])
 
-    def _gather(self, request: int, logical: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """[n, Hkv, D] keys and values of the blocks: views if their pages lie side by side."""
+    def _gather(
+        self, request: int, logical: Sequence[int], heads: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[h, n, D] keys and values of the blocks: views if their pages lie side by side."""
         table, count = self.inputs.page_table, len(logical)
         row = table.rows[request]
         pages = [row[block] for block in logical]
@@ -185,7 +215,9 @@ class _Reference:
         selected: slice | torch.Tensor = slice(pages[0], pages[0] + count)
         if not is_run:
             selected = torch.tensor(pages, device=self.inputs.keys.device)
-        return self.inputs.keys[selected].flatten(0, 1), self.inputs.values[selected].flatten(0, 1)
+        keys = self.inputs.keys[:, :, heads][selected].flatten(0, 1)
+        values = self.inputs.values[:, :, heads][selected].flatten(0, 1)
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
     # Explicit --------------------------------------------------------------------------------
 
@@ -260,18 +292,18 @@ class _Reference:
         self, tile: Tile, stripe: list[int], heads: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[h, n, D] keys and values of the stripe; slots that nobody wrote are left out or zero."""
-        keys, values = self._gather(tile.request, stripe)
+        keys, values = self._gather(tile.request, stripe, heads)
         last = max(stripe)
         num_missing = (last + 1) * self.block_size - tile.kv_len
         if num_missing > 0 and stripe[-1] == last:
-            num_keys = len(keys) - num_missing
-            keys, values = keys[:num_keys], values[:num_keys]
+            num_keys = keys.shape[1] - num_missing
+            keys, values = keys[:, :num_keys], values[:, :num_keys]
         elif num_missing > 0:  # in the middle of the visiting order
             end = (stripe.index(last) + 1) * self.block_size
             keys, values = keys.clone(), values.clone()
-            keys[end - num_missing : end] = 0
-            values[end - num_missing : end] = 0
-        return keys[:, heads].transpose(0, 1), values[:, heads].transpose(0, 1)
+            keys[:, end - num_missing : end] = 0
+            values[:, end - num_missing : end] = 0
+        return keys, values
 
     def _scores(
         self, tile: Tile, stripe: list[int], query: torch.Tensor, keys: torch.Tensor
@@ -324,24 +356,9 @@ class _Reference:
         self.lse[rows, columns] = lse.flatten(0, 1).transpose(0, 1)
 
 
-def _host_lists(inputs: AttentionInputs) -> list[list[list[int]] | None] | None:
-    """Per tile, the visible listed blocks of each KV head in visiting order; None reads all."""
-    if inputs.lists is None:
-        return None
-    listed = listed_and_visible(inputs)
-    if bool(((inputs.lists.counts >= 0) & ~listed.any(-1)).any()):
-        raise ValueError("a tile reads no block: every list must name a visible one")
-    usable = listed.tolist()
-    rows = zip(inputs.lists.indices.tolist(), inputs.lists.counts.tolist(), usable, strict=True)
-    return [
-        None
-        if counts[0] < 0
-        else [
-            list(itertools.compress(blocks, keep))
-            for blocks, keep in zip(indices, keeps, strict=True)
-        ]
-        for indices, counts, keeps in rows
-    ]
+def _is_alike(tile: Tile, other: Tile) -> bool:
+    """Whether two query tiles of a batch can be attended over their own blocks together."""
+    return other.request == tile.request and other.num_rows == tile.num_rows and not other.is_decode
 
 
 def _drop(

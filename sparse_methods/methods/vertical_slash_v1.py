@@ -18,6 +18,7 @@ Departures:
   the budget holds for the group. A union of their choices reads up to a group's size times as much.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -28,6 +29,8 @@ from typing_extensions import override
 from sparse_methods.block_method import SCORE_BLOCK, BlockKnobs, BlockMethod, ScoreTiles
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
+
+_TILES_AT_ONCE = 16  # whose sampled rows are multiplied with the keys together
 
 
 @register_sparse_method("vertical_slash", version="v1")
@@ -76,18 +79,32 @@ class VerticalSlash(BlockMethod):
     @override
     def select_prefill(self, view: PrefillView) -> BlockSelection:
         size, stride = view.block_size, self.knobs.row_stride
-        keys, tiles = view.gather_keys().transpose(1, 2), view.query_tiles()
         is_kept = view.visible.expand(view.num_kv_heads, -1, -1).clone()
-        for tile in range(view.num_tiles):
+        for tile, products in enumerate(self._products(view)):
             own = view.first_block + tile
             num_rows = min(size, view.num_rows - tile * size)
-            first_row = (num_rows - 1) % stride
-            rows = tiles[:, :, tile, first_row:num_rows:stride]  # [Hkv, G, S, D]
-            products = rows.flatten(1, 2) @ keys[..., : own * size + num_rows]
-            scores = products.unflatten(1, rows.shape[1:3]).float().mul_(view.scale)
-            _hide_later_keys(scores[..., own * size :], first_row, stride)
+            scores = products[..., : own * size + num_rows].float().mul_(view.scale)
+            _hide_later_keys(scores[..., own * size :], (num_rows - 1) % stride, stride)
             is_kept[:, tile, : own + 1] = self._keep(scores, own, size)
         return BlockSelection.of(is_kept)
+
+    def _products(self, view: PrefillView) -> Iterator[torch.Tensor]:
+        """Per tile, [Hkv, G, S, keys] products of its sampled rows with keys up to its last row.
+
+        Tiles that sample alike are multiplied together: a few rows at a time would read all keys
+        again for each tile.
+        """
+        size, stride = view.block_size, self.knobs.row_stride
+        keys, tiles = view.gather_keys().transpose(1, 2), view.query_tiles()
+        num_full, tile = view.num_rows // size, 0
+        while tile < view.num_tiles:
+            count = max(1, min(_TILES_AT_ONCE, num_full - tile))
+            num_rows = min(size, view.num_rows - tile * size)
+            rows = tiles[:, :, tile : tile + count, (num_rows - 1) % stride : num_rows : stride]
+            stop = (view.first_block + tile + count - 1) * size + num_rows
+            products = rows.flatten(1, 3) @ keys[..., :stop]
+            yield from products.unflatten(1, rows.shape[1:4]).unbind(2)
+            tile += count
 
     @override
     def keep_from_scores(self, tiles: ScoreTiles) -> torch.Tensor:
