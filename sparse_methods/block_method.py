@@ -6,7 +6,7 @@ from scores (``keep_from_scores``), and from queries and keys (``select_*``).
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -110,17 +110,24 @@ class ScoreTiles:
 class BlockKnobs(Knobs):
     """What every method that selects blocks lets a client set."""
 
-    dense_below: int = Field(
-        0,
+    dense_below: int | None = Field(
+        None,
         ge=0,
         le=1_048_576,
-        description="Prompts (decode: contexts) shorter than this run dense, tokens; 0 never does.",
+        description="Prompts (decode: contexts) shorter than this run dense, tokens; 0 never does,"
+        " unset takes the length that was measured.",
     )
 
 
 class BlockMethod(SparseAttentionMethod):
-    """A method that keeps whole blocks of keys for each query tile."""
+    """A method that keeps whole blocks of keys for each query tile.
 
+    Attributes:
+        measured_break_even: Fewest tokens for which it was faster than dense attention on a CPU
+            (``docs/lab.md`` has the measurement); 0 if it never was slower.
+    """
+
+    measured_break_even: ClassVar[int] = 0
     Knobs = BlockKnobs
     knobs: BlockKnobs
 
@@ -148,4 +155,5 @@ class BlockMethod(SparseAttentionMethod):
 
     @override
     def break_even(self, phase: Phase) -> int:
-        return self.knobs.dense_below
+        given = self.knobs.dense_below
+        return self.measured_break_even if given is None else given

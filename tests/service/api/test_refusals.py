@@ -201,7 +201,7 @@ async def test_the_answer_says_where_the_method_came_from(
 async def test_knobs_come_back_resolved() -> None:
     body = {"prompt": "p", "method_params": {"window_blocks": 3}}
     answer = (await send(orjson.dumps(body))).json()
-    expected = {"dense_below": 0, "sink_blocks": 1, "window_blocks": 3}
+    expected = {"dense_below": None, "sink_blocks": 1, "window_blocks": 3}
     assert answer["sparsity"]["params"] == expected
 
 

@@ -15,7 +15,7 @@ def test_commas_inside_of_braces_do_not_separate():
         "dense v1",
     ]
     assert specs[1].knobs["window_blocks"] == 3
-    assert specs[1].knobs["dense_below"] == 0  # every knob is kept, also those not given
+    assert specs[1].knobs["dense_below"] is None  # every knob is kept, also those not given
 
 
 @pytest.mark.parametrize("text", ["streaming{", "streaming{sink_blocks: 2}"])
