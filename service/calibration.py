@@ -126,7 +126,7 @@ def calibrate(
         block_size=block_size,
         num_slots=1,
     )
-    runner.observe(observer)
+    runner.attention.observe(observer)
     total, done = sum(len(text.prompt_ids) + len(text.output_ids) for text in texts), 0
     for text in texts:
         for num_tokens in _run(runner, text):

@@ -37,7 +37,14 @@ app = typer.Typer(
 app.command()(calibrate)
 app.command()(evaluate)
 
-_HTTP_ONLY = ("host", "port", "metrics_need_key", "max_body_bytes", "shutdown_timeout_s")
+_HTTP_ONLY = (
+    "allow_evaluation_methods",  # whoever runs a command is the operator
+    "host",
+    "port",
+    "metrics_need_key",
+    "max_body_bytes",
+    "shutdown_timeout_s",
+)
 
 
 @app.command()

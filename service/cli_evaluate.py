@@ -15,6 +15,7 @@ from sparse_methods import SparseMethodError
 
 _NOT_OURS = (
     "method",
+    "allow_evaluation_methods",
     "host",
     "port",
     "metrics_need_key",

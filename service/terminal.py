@@ -52,7 +52,7 @@ def methods_table() -> Table:
     table.columns[0].no_wrap = True
     for cls in _method_classes():
         name = f"{cls.registered_name}\n{cls.registered_version}\n{', '.join(cls.phases)}"
-        table.add_row(escape(name), escape("\n".join([cls.description(), *_knobs(cls)])))
+        table.add_row(escape(name), escape("\n".join([_purpose(cls), *_knobs(cls)])))
     return table
 
 
@@ -67,7 +67,7 @@ def methods_markdown() -> str:
             f"`{cls.registered_name}`",
             cls.registered_version,
             ", ".join(cls.phases),
-            cls.description(),
+            _purpose(cls),
             "<br>".join(_knobs(cls)) or "none",
             " ".join(cls.source.split()),
         )
@@ -99,6 +99,10 @@ def _method_classes() -> Iterable[type[SparseAttentionMethod]]:
     for name, versions in list_sparse_methods().items():
         for version in versions:
             yield get_sparse_method(name, version)
+
+
+def _purpose(cls: type[SparseAttentionMethod]) -> str:
+    return cls.description() + (" For evaluation only." if cls.evaluation_only else "")
 
 
 def _knobs(cls: type[SparseAttentionMethod]) -> list[str]:

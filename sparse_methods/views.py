@@ -122,7 +122,10 @@ class PrefillView:
             raise ValueError("the method does not declare that it uses summaries")
         starts = torch.arange(self.num_blocks, device=self.query.device) * self.block_size
         counts = (self.kv_len - starts).clamp(max=self.block_size)
-        return (self.summaries.total[self.pages] / counts[:, None, None]).transpose(0, 1)
+        totals, num_last = self.summaries.total[self.pages], self.kv_len % self.block_size
+        if num_last:  # a request that starts over may have generated keys in this page's summary
+            totals[-1:] = self.keys[self.pages[-1:], :num_last].sum(1, dtype=torch.float32)
+        return (totals / counts[:, None, None]).transpose(0, 1)
 
 
 @dataclass(frozen=True)

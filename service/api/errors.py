@@ -28,6 +28,7 @@ from sparse_methods import (
     SparseMethodError,
     UnknownMethodError,
     UnknownVersionError,
+    UnsupportedError,
 )
 
 _log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ _PARAMS: tuple[tuple[type[Exception], str], ...] = (
     (UnknownMethodError, "method"),
     (UnknownVersionError, "version"),
     (InvalidKnobsError, "method_params"),
+    (UnsupportedError, "method_params"),  # of a request: knobs that this server cannot serve
     (SparseMethodError, "method"),
 )
 

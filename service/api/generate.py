@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
@@ -13,7 +12,7 @@ from service.api.body import documented_body, parsed_body
 from service.api.deps import EngineDep, MethodQueryDep, Submission, choose_method, submit
 from service.api.errors import documented_errors
 from service.api.schemas import GenerateRequest
-from service.api.streaming import EventStream, unless_client_leaves
+from service.api.streaming import EventStream, as_json, unless_client_leaves
 from service.engine.sequence import Finish, TokenLogprob, Update
 
 router = APIRouter(tags=["generation"])
@@ -105,7 +104,7 @@ async def generate(
         return EventStream(_events(body, submission))
     answer = await unless_client_leaves(request.receive, _collect(body, submission))
     # `layers` and `heads` are there only if the client asked for them, null values always.
-    content = orjson.dumps(answer.model_dump(exclude_unset=True))
+    content = as_json(answer.model_dump(exclude_unset=True))
     return Response(content, media_type="application/json")
 
 

@@ -18,6 +18,11 @@ _log = logging.getLogger(__name__)
 _DONE = b"data: [DONE]\n\n"
 
 
+def as_json(content: object) -> bytes:
+    """Encode an answer or an event; the thresholds in it may be keyed by lengths, which are int."""
+    return orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS)
+
+
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """Run ``work`` to its end, or cancel it as soon as the client disconnects.
 
@@ -63,7 +68,7 @@ class EventStream(Response):
     async def _encoded(self) -> AsyncIterator[bytes]:
         try:
             async for event in self._events:
-                yield b"data: " + orjson.dumps(event) + b"\n\n"
+                yield b"data: " + as_json(event) + b"\n\n"
         except Exception as error:  # noqa: BLE001 - the status is out; say it in the stream
             answer = describe_error(error)
             if answer.error.code == 500:

@@ -56,6 +56,7 @@ class Engine:
     Attributes:
         attention: Name of the attention implementation in use.
         self_test: What the test at load measured.
+        runner: The model; its attention may be measured before the thread starts.
         core: What the engine thread drives; tests and benchmarks may drive it themselves.
         default_method: Name and version of requests that name none.
     """
@@ -83,7 +84,7 @@ class Engine:
         )
         self.device, self.dtype = str(runner.device), str(runner.dtype).removeprefix("torch.")
         self.attention = runner.attention_name
-        self._runner = runner
+        self.runner = runner
         self.core = self._build_core(runner)
         self._loop = EngineLoop(self.core)
         self._is_draining = False
@@ -160,7 +161,7 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """State of the engine, read without waiting."""
-        age_s = time.monotonic() - max(self._loop.heartbeat, self._runner.heartbeat)
+        age_s = time.monotonic() - max(self._loop.heartbeat, self.runner.heartbeat)
         is_stalled = age_s > self.settings.stall_timeout_s
         reason = ""
         if not self._loop.is_alive:
@@ -188,7 +189,7 @@ class Engine:
 
     def trial_logits(self, prompts: list[list[int]]) -> list[torch.Tensor]:
         """[len, V] logits of each prompt through the packed path, before the thread starts."""
-        return packed_logits(self._runner, prompts, self.settings.max_step_tokens)
+        return packed_logits(self.runner, prompts, self.settings.max_step_tokens)
 
     def _build_core(self, runner: ModelRunner) -> EngineCore:
         settings = self.settings

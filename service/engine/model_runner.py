@@ -1,6 +1,5 @@
 """One model on one device: runs a step, keeps the statistics of whoever runs."""
 
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import torch
@@ -14,7 +13,7 @@ from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.models.attention import AttentionBatch, PagedAttention, bind
 from sparse_methods.kernels import pick_cache_writer, pick_implementation
-from sparse_methods.kernels.operation import AttentionInputs, LayerGeometry
+from sparse_methods.kernels.operation import LayerGeometry
 from sparse_methods.statistics import PHASES, RequestStatistics, read_statistics
 
 
@@ -27,6 +26,9 @@ class ModelRunner:
         num_pages: Pages of the KV cache.
         block_size: Tokens of a page and of a block.
         num_slots: Sequences that may run at once.
+
+    Attributes:
+        attention: What the attention modules of the model call.
     """
 
     def __init__(
@@ -50,14 +52,14 @@ class ModelRunner:
             self.geometries, num_pages + 1, block_size, self.dtype, self.device
         )
         self._model = model
-        self._attention = PagedAttention(
+        self.attention = PagedAttention(
             self.geometries,
             caches,
             implementation,
             num_slots + 1,
             pick_cache_writer(self.attention_name),
         )
-        bind(self._attention, [module for module, _ in modules])
+        bind(self.attention, [module for module, _ in modules])
         self._graphs: DecodeGraphs | None = None
         if self.device.type == "cuda":
             self._graphs = DecodeGraphs(self._forward, self.new_decode_step)
@@ -65,7 +67,7 @@ class ModelRunner:
     @property
     def heartbeat(self) -> float:
         """When a layer last ran, by the monotonic clock."""
-        return self._attention.heartbeat
+        return self.attention.heartbeat
 
     @torch.inference_mode()
     def run(self, chunks: Items[Chunk]) -> tuple[torch.Tensor, list[Sequence]]:
@@ -107,10 +109,6 @@ class ModelRunner:
         rows = torch.arange(len(batch.token_ids), device=self.device)
         return self._forward(batch.token_ids, batch.positions, batch.attention, rows)
 
-    def observe(self, observer: Callable[[AttentionInputs], None]) -> None:
-        """Call ``observer`` with the inputs of every attention layer that runs without a graph."""
-        self._attention.observe(observer)
-
     def statistics(self, sequence: Sequence) -> RequestStatistics:
         """What the sequence's attention read since it was (last) started."""
         if sequence.slot is None:
@@ -118,8 +116,8 @@ class ModelRunner:
         first = sequence.slot * len(PHASES)
         rows = slice(first, first + len(PHASES))
         return read_statistics(
-            self._attention.block_counters[:, rows],
-            self._attention.element_counters[:, rows] * self.dtype.itemsize,
+            self.attention.block_counters[:, rows],
+            self.attention.element_counters[:, rows] * self.dtype.itemsize,
             [geometry.num_heads for geometry in self.geometries],
         )
 
@@ -131,7 +129,7 @@ class ModelRunner:
         rows: torch.Tensor,
     ) -> torch.Tensor:
         """[S, V] logits of the packed rows [S] of token ids [T] at positions [T]."""
-        with self._attention.running(batch):
+        with self.attention.running(batch):
             output = self._model(
                 input_ids=token_ids[None],
                 position_ids=positions[None],
@@ -145,4 +143,4 @@ class ModelRunner:
     def _reset_statistics(self, sequence: Sequence) -> None:
         """A sequence that starts, or starts over after preemption, counts from zero."""
         if sequence.slot is not None:
-            self._attention.forget(sequence.slot)
+            self.attention.forget(sequence.slot)

@@ -37,11 +37,10 @@ class EngineDriver:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._runner = engine._runner  # noqa: SLF001 - as the engine itself drives it
-        self._attention = self._runner._attention  # noqa: SLF001 - to put the probe in
-        implementation = self._attention._implementation  # noqa: SLF001
-        self.probe = RecallProbe(implementation, len(self._runner.geometries))
-        self._attention._implementation = self.probe  # noqa: SLF001
+        self._runner = engine.runner
+        attention = engine.runner.attention
+        self.probe = RecallProbe(attention.implementation, len(engine.runner.geometries))
+        attention.implementation = self.probe
         self._clock = SelectionClock(engine.device)
 
     def generate(
@@ -121,7 +120,7 @@ class EngineDriver:
             _forced(ids, method, scores[slot].num_decoded, slot) for slot, ids in enumerate(windows)
         ]
         for slot in range(len(sequences)):
-            self._attention.forget(slot)
+            self._runner.attention.forget(slot)
         for chunks in self._steps(sequences):
             for chunk in chunks:
                 if not pages.try_reserve(chunk.sequence, chunk.num_tokens):

@@ -81,6 +81,8 @@ class Evaluator:
         ]
         for spec in self._specs:
             spec.method.check_servable(engine.settings.block_size)
+        # Of the code that was loaded; its files may be edited while a long evaluation runs.
+        self._hashes = [spec.method.content_hash() for spec in self._specs]
         self._driver = EngineDriver(engine)
         self._opening = engine.tokenizer.encode("")
         self._tasks = cache(self._make_tasks)
@@ -94,8 +96,8 @@ class Evaluator:
         cells = []
         progress(0, self._plan.num_parts)
         for length in self._plan.lengths:
-            for spec in self._specs:
-                identity = _identity(spec, length)
+            for spec, content_hash in zip(self._specs, self._hashes, strict=True):
+                identity = _identity(spec, length, content_hash)
                 cell = results.find(identity)
                 if cell is None:
                     cell = identity | self._measure(spec, length)
@@ -218,7 +220,7 @@ def _digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
 
 
-def _identity(spec: MethodSpec, length: int) -> Cell:
+def _identity(spec: MethodSpec, length: int, content_hash: str) -> Cell:
     method = type(spec.method)
     return {
         "label": spec.label,
@@ -226,7 +228,7 @@ def _identity(spec: MethodSpec, length: int) -> Cell:
         "version": method.registered_version,
         "knobs": spec.knobs,
         "length": length,
-        "content_hash": method.content_hash(),
+        "content_hash": content_hash,
     }
 
 

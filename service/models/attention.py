@@ -73,6 +73,7 @@ class PagedAttention:
     """The attention of one loaded model over its paged KV cache.
 
     Attributes:
+        implementation: Computes every layer; may be replaced by one that also measures.
         block_counters: [layers, slots * 2, max heads, 3] int64, what each running request read.
         element_counters: [layers, slots * 2, 2] int64, elements of keys and values read, and dense.
         heartbeat: When a layer last ran, by the monotonic clock: a long step shows that it lives.
@@ -88,7 +89,7 @@ class PagedAttention:
     ) -> None:
         self._geometries = list(geometries)
         self._caches = list(caches)
-        self._implementation = implementation
+        self.implementation = implementation
         self._write_cache = write_cache
         self._batch: AttentionBatch | None = None
         self.heartbeat = time.monotonic()
@@ -111,14 +112,14 @@ class PagedAttention:
             self._batch = None
 
     def observe(self, observer: Callable[[AttentionInputs], None]) -> None:
-        """Call ``observer`` with the inputs of every layer from now on."""
-        attend = self._implementation
+        """Call ``observer`` with the inputs of every later layer that runs without a graph."""
+        attend = self.implementation
 
         def observed(inputs: AttentionInputs) -> AttentionOutputs:
             observer(inputs)
             return attend(inputs)
 
-        self._implementation = observed
+        self.implementation = observed
 
     def forget(self, slot: int) -> None:
         """Start a request over: its counters and page scores are zero again."""
@@ -172,7 +173,7 @@ class PagedAttention:
             log_thresholds = adapt_thresholds(
                 described, batch.adaptive, batch.tiles, log_thresholds, self._tile_blocks
             )
-        outputs = self._implementation(
+        outputs = self.implementation(
             AttentionInputs(
                 query=query,
                 keys=key_cache,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from sparse_methods.kernels.operation import BlockLists, LayerGeometry, QueryTiles, visible_blocks
 from sparse_methods.method import SparseAttentionMethod
@@ -186,7 +187,9 @@ def _ask_prefill(layer: Layer, query: torch.Tensor, group: PrefillGroup) -> Bloc
 def _ask_decode(layer: Layer, query: torch.Tensor, group: DecodeGroup) -> PageSelection | None:
     scores = None
     if layer.page_scores is not None:
-        scores = layer.page_scores[group.slots, :, : group.pages.shape[1]]
+        num_pages = group.pages.shape[1]  # of a padded step, perhaps more than there are
+        scores = layer.page_scores[group.slots, :, :num_pages]
+        scores = functional.pad(scores, (0, num_pages - scores.shape[2]))
     return group.method.select_decode(
         DecodeView(
             query=query[group.rows],

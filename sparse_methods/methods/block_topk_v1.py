@@ -24,9 +24,14 @@ from sparse_methods.views import BlockSelection, Phase, PrefillView
 
 @register_sparse_method("block_topk", version="v1")
 class BlockTopK(BlockMethod):
-    """The blocks whose mean key is nearest to the tile's mean query: very cheap, and coarse."""
+    """The blocks whose mean key is nearest to the tile's mean query: very cheap, and coarse.
+
+    Use it on prompts where the cost must be known beforehand: the share of blocks is fixed. A
+    single key that matters disappears in its block's mean.
+    """
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase.PREFILL,)
+    measured_break_even: ClassVar[int] = 1024
     source: ClassVar[str] = "arXiv:2407.02490"
     uses_summaries = True
 

@@ -15,7 +15,10 @@ from sparse_methods.views import Phase
 
 @register_sparse_method("dense", version="v1")
 class Dense(SparseAttentionMethod):
-    """Exact attention: every block is read, none is skipped."""
+    """Exact attention: every block is read, none is skipped.
+
+    Use it as the baseline, and wherever an approximation is not acceptable.
+    """
 
     phases: ClassVar[tuple[Phase, ...]] = ()
     source: ClassVar[str] = "arXiv:1706.03762"

@@ -61,6 +61,8 @@ class Fit(BaseModel):
 class FlashSkipSoftmax(SparseAttentionMethod):
     """Skips tiles whose every score lies a factor lambda below the running row maximum.
 
+    Use it to reproduce the decisions of NVIDIA ModelOpt; v2 skips more at the same threshold.
+
     Attributes:
         thresholds: Lambdas in force; the first decides, the others are only counted.
     """

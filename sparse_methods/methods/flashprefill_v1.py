@@ -32,7 +32,10 @@ _SLAB_TILES = 16  # tiles scored at once: bounds memory, and work above the diag
 
 @register_sparse_method("flashprefill", version="v1")
 class FlashPrefill(BlockMethod):
-    """Mean keys score every query row; blocks near the best one are read."""
+    """Mean keys score every query row; blocks near the best one are read.
+
+    Use it on long prompts where the number of blocks should follow the text.
+    """
 
     phases = (Phase.PREFILL,)
     source: ClassVar[str] = "github.com/qhfan/FlashPrefill"

@@ -33,7 +33,11 @@ from sparse_methods.views import BlockSelection, Phase, PrefillView
 
 @register_sparse_method("flexprefill", version="v1")
 class FlexPrefill(BlockMethod):
-    """Reads what holds a set share of attention: columns and diagonals, or pooled blocks."""
+    """Reads what holds a set share of attention: columns and diagonals, or pooled blocks.
+
+    Use it on long prompts of a model whose heads differ in kind: each group takes the estimate that
+    fits it.
+    """
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase.PREFILL,)
     source: ClassVar[str] = "arXiv:2502.20766"

@@ -34,6 +34,9 @@ _NAME = "hybrid"
 class Hybrid(SparseAttentionMethod):
     """Runs the prompt through one method and the generation through another.
 
+    Use it where the phases want different methods, such as a threshold for the prompt and ``quest``
+    for the generation.
+
     Attributes:
         halves: The method in force in each phase.
     """
@@ -45,7 +48,7 @@ class Hybrid(SparseAttentionMethod):
         """Which methods, in which version, with which knobs."""
 
         prefill: str = Field(
-            "streaming", max_length=64, description="Name of the method of the prompt."
+            "xattention", max_length=64, description="Name of the method of the prompt."
         )
         prefill_version: str | None = Field(
             None, max_length=64, description="Its version; unset takes the latest."
@@ -144,6 +147,10 @@ class Hybrid(SparseAttentionMethod):
     def check_servable(self, block_size: int) -> None:
         for half in self.halves.values():
             half.check_servable(block_size)
+
+    @override
+    def __hash__(self) -> int:
+        return hash((type(self), *self.halves.values()))  # equal knobs of a half differ in order
 
 
 def _build(

@@ -1,30 +1,26 @@
 """Oracle top-k: read the blocks that hold most of the attention, known from all scores.
 
-Source: OracleTopK of xAlg-ai/sparse-attention-hub (commit 1a048c9), taken to whole blocks.
+Source: OracleTopK of xAlg-ai/sparse-attention-hub (commit 1a048c9).
 
-Departures: blocks instead of tokens, ranked by their softmax mass, averaged over the rows of a tile
-and the heads of a GQA group, which share one list; the first block and the query's own are read in
-any case and count among the k; k is a share of the blocks that the tile sees.
+Departures: those of ``OracleMethod``; k is a share of the blocks that the tile sees, among which
+the first block and the query's own count.
 """
-
-from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch.nn import functional
 from typing_extensions import override
 
-from sparse_methods.block_method import BlockKnobs, BlockMethod, ScoreTiles
+from sparse_methods.block_method import BlockKnobs
+from sparse_methods.oracle import OracleMethod
 from sparse_methods.registry import register_sparse_method
-from sparse_methods.views import BlockSelection, DecodeView, PageSelection, PrefillView
 
 
 @register_sparse_method("oracle_topk", version="v1")
-class OracleTopK(BlockMethod):
-    """The best blocks by exact attention mass, a fixed share of them: what to compare with."""
+class OracleTopK(OracleMethod):
+    """The best blocks by exact attention mass, a fixed share of them: what to compare with.
 
-    source: ClassVar[str] = "github.com/xAlg-ai/sparse-attention-hub"
-    evaluation_only = True
+    Use it to see what the best list of a fixed size can keep; deciding costs more than it saves.
+    """
 
     class Knobs(BlockKnobs):
         """How much is read."""
@@ -41,73 +37,7 @@ class OracleTopK(BlockMethod):
         return "oracle_topk"
 
     @override
-    def select_prefill(self, view: PrefillView) -> BlockSelection:
-        return BlockSelection.of(self._keep(_prefill_mass(view), view.tile_blocks))
-
-    @override
-    def select_decode(self, view: DecodeView) -> PageSelection:
-        is_kept = self._keep(_decode_mass(view), view.own_pages)
-        return PageSelection.of(is_kept.transpose(0, 1))
-
-    @override
-    def keep_from_scores(self, tiles: ScoreTiles) -> torch.Tensor:
-        return self._keep(_block_mass(tiles.by_block()).sum(3), tiles.tile_blocks)
-
-    def _keep(self, mass: torch.Tensor, tile_blocks: torch.Tensor) -> torch.Tensor:
-        """The rule: the first and the own block, then the largest, up to a share of the blocks.
-
-        Args:
-            mass: [..., N, M] float32, of the blocks that a tile sees; 0 of the others.
-            tile_blocks: [N] number of the block each tile lies in.
-
-        Returns:
-            [..., N, M] bool.
-        """
-        blocks, own = torch.arange(mass.shape[-1], device=mass.device), tile_blocks[:, None]
-        is_forced = (blocks == 0) | (blocks == own)
-        order = mass.masked_fill(is_forced, float("inf")).argsort(
-            dim=-1, descending=True, stable=True
-        )
-        budget = ((own + 1).double() * self.knobs.keep_ratio).round()
-        is_within = (blocks < budget).expand_as(order)
-        is_kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, is_within)
-        return (is_kept & (blocks <= own)) | is_forced
-
-
-def _prefill_mass(view: PrefillView) -> torch.Tensor:
-    """[Hkv, N, M] float32 mean share of a tile's attention that each block holds."""
-    keys, size = view.gather_keys().float(), view.block_size
-    hidden = torch.ones(size, size, dtype=torch.bool, device=keys.device).triu(1)
-    masses = []
-    for tile in range(view.num_tiles):  # one at a time: the scores of all need too much memory
-        query = view.query[tile * size : (tile + 1) * size].unflatten(1, (view.num_kv_heads, -1))
-        stop = view.position + tile * size + query.shape[0]
-        scores = torch.einsum("thgd,hkd->hgtk", query.float() * view.scale, keys[:, :stop])
-        rows = query.shape[0]
-        scores[..., -rows:].masked_fill_(hidden[:rows, :rows], float("-inf"))
-        scores = functional.pad(scores, (0, -stop % size), value=float("-inf"))
-        mass = _block_mass(scores.unflatten(-1, (-1, size))).mean((1, 2))
-        masses.append(functional.pad(mass, (0, view.num_blocks - mass.shape[-1])))
-    return torch.stack(masses, 1)
-
-
-def _decode_mass(view: DecodeView) -> torch.Tensor:
-    """[Hkv, R, M] float32 mean share of a row's attention that each page holds."""
-    queries = view.query_groups().float() * view.scale
-    slots = torch.arange(view.max_pages * view.page_size, device=view.query.device)
-    is_hidden = (slots >= view.kv_lens[:, None]).unflatten(1, (-1, view.page_size))
-    masses = []
-    for row in range(queries.shape[0]):  # one at a time: a copy of all keys needs too much memory
-        keys = view.keys[view.pages[row]].float()
-        scores = torch.einsum("hgd,mkhd->hgmk", queries[row], keys)
-        masses.append(_block_mass(scores.masked_fill_(is_hidden[row], float("-inf"))).mean(1))
-    return torch.stack(masses, 1)
-
-
-def _block_mass(scores: torch.Tensor) -> torch.Tensor:
-    """[..., M] float32 softmax of [..., M, keys] over both, added up by block; 0 if all -inf."""
-    lowest, tiny = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
-    weights = (scores - scores.amax((-1, -2), keepdim=True).clamp(min=lowest)).exp_().sum(-1)
-    # A running sum, because zeros after it leave it as it is to the last bit: a chunk or a batch
-    # that reaches further then decides alike.
-    return weights / weights.cumsum(-1)[..., -1:].clamp(min=tiny)
+    def is_within_budget(self, mass: torch.Tensor, num_visible: torch.Tensor) -> torch.Tensor:
+        budget = (num_visible.double() * self.knobs.keep_ratio).round()
+        ranks = torch.arange(mass.shape[-1], device=mass.device)
+        return (ranks < budget).expand_as(mass)

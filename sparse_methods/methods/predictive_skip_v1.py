@@ -36,7 +36,10 @@ _MAX_ESTIMATES = 1 << 26  # held at a time: 256 MiB
 
 @register_sparse_method("predictive_skip", version="v1")
 class PredictiveSkip(BlockMethod):
-    """Reads only the tiles that skip-softmax is predicted to keep, and applies its threshold."""
+    """Reads only the tiles that skip-softmax is predicted to keep, and applies its threshold.
+
+    Use it on long prompts in place of ``flash_skip_softmax`` v2, to save the scores too.
+    """
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase.PREFILL,)
     source: ClassVar[str] = "arXiv:2512.12087, predicted"
@@ -172,7 +175,8 @@ def _score_in_full(view: PrefillView, probes: torch.Tensor, rows: torch.Tensor) 
     size, group = view.block_size, probes.shape[1]
     queries = probes.transpose(1, 2).flatten(2, 3)  # [Hkv, N, G * r, D]
     own_keys = view.keys[view.pages[view.tile_blocks]].permute(2, 0, 1, 3)  # [Hkv, N, keys, D]
-    first_keys = view.keys[view.pages[0]].transpose(0, 1)  # [Hkv, keys, D]
+    # A slice, as a single number as an index would make the host wait for the device.
+    first_keys = view.keys[view.pages[:1]][0].transpose(0, 1)  # [Hkv, keys, D]
     own = _product(queries.flatten(0, 1), own_keys.flatten(0, 1)).unflatten(0, queries.shape[:2])
     first = _product(queries.flatten(1, 2), first_keys).view_as(own)
     positions, keys = view.position + rows, torch.arange(size, device=rows.device)

@@ -31,7 +31,10 @@ from sparse_methods.views import DecodeView, PageSelection, PageSummaries, Phase
 
 @register_sparse_method("quest", version="v1")
 class Quest(BlockMethod):
-    """Decodes from the pages whose channel-wise bounds promise the query the largest scores."""
+    """Decodes from the pages whose channel-wise bounds promise the query the largest scores.
+
+    Use it to decode from long contexts: every token chooses anew, so nothing is lost for good.
+    """
 
     source: ClassVar[str] = "arXiv:2406.10774"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.DECODE,)
@@ -128,8 +131,23 @@ def _weights(view: DecodeView, summaries: PageSummaries) -> torch.Tensor:
     starts = torch.arange(view.max_pages, device=view.query.device) * view.page_size
     counts = (view.kv_lens[:, None] - starts).clamp(1, view.page_size)[:, None, None]
     query = view.query_groups().float() * view.scale
-    weights = counts.log() + query @ _by_head(summaries.total, view) / counts
+    products = query @ _by_head(summaries.total, view)
+    own_products = query @ _own_total(view)[..., None]
+    own_pages = view.own_pages.long()[:, None, None, None].expand_as(own_products)
+    weights = counts.log() + products.scatter(-1, own_pages, own_products) / counts
     return weights.masked_fill(~view.visible[:, None, None], float("-inf"))
+
+
+def _own_total(view: DecodeView) -> torch.Tensor:
+    """[R, Hkv, D] float32, sum of the keys of the row's own page, up to the row's.
+
+    Its summary may hold keys of later rows: a request that starts over recomputes them together.
+    """
+    own_pages = view.own_pages.long()[:, None]
+    keys = view.keys[view.pages.gather(1, own_pages)[:, 0]]  # [R, page_size, Hkv, D]
+    slots = own_pages * view.page_size + torch.arange(view.page_size, device=keys.device)
+    is_later = slots >= view.kv_lens[:, None]
+    return keys.masked_fill(is_later[..., None, None], 0.0).sum(1, dtype=torch.float32)
 
 
 def _by_head(summary: torch.Tensor, view: DecodeView) -> torch.Tensor:

@@ -29,7 +29,11 @@ from sparse_methods.views import DecodeView, PageSelection, Phase, PrefillView
 
 @register_sparse_method("snapkv", version="v1")
 class SnapKV(BlockMethod):
-    """Decodes from the prompt's pages that its last tokens attended to, and from all newer ones."""
+    """Decodes from the prompt's pages that its last tokens attended to, and from all newer ones.
+
+    Use it where the question stands at the end of the prompt and the answer is short; pages that
+    the question did not look at are never read again.
+    """
 
     source: ClassVar[str] = "arXiv:2404.14469"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.DECODE,)
@@ -38,7 +42,7 @@ class SnapKV(BlockMethod):
         """How much of the prompt stays visible, and who decides."""
 
         budget_pages: int = Field(
-            16,
+            32,
             ge=1,
             le=8192,
             description="Pages of the prompt that stay besides its two ends, pages.",

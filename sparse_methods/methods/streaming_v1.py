@@ -21,7 +21,10 @@ from sparse_methods.views import BlockSelection, DecodeView, PageSelection, Pref
 
 @register_sparse_method("streaming", version="v1")
 class Streaming(BlockMethod):
-    """Attention sinks and a recent window: constant cost per query, blind to the middle."""
+    """Attention sinks and a recent window: constant cost per query, blind to the middle.
+
+    Use it where only the recent text matters; facts further back are lost.
+    """
 
     source: ClassVar[str] = "arXiv:2309.17453"
 

@@ -31,11 +31,15 @@ from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
 
 _TILES_AT_ONCE = 16  # whose sampled rows are multiplied with the keys together
+_MAX_PRODUCTS = 1 << 29  # held at a time, if one tile has no more: 1 GiB in bfloat16
 
 
 @register_sparse_method("vertical_slash", version="v1")
 class VerticalSlash(BlockMethod):
-    """Reads the columns and diagonals with most attention, by a sample of each tile's rows."""
+    """Reads the columns and diagonals with most attention, by a sample of each tile's rows.
+
+    Use it on long prompts of a model whose heads look along columns and diagonals.
+    """
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase.PREFILL,)
     source: ClassVar[str] = "arXiv:2407.02490"
@@ -97,8 +101,10 @@ class VerticalSlash(BlockMethod):
         size, stride = view.block_size, self.knobs.row_stride
         keys, tiles = view.gather_keys().transpose(1, 2), view.query_tiles()
         num_full, tile = view.num_rows // size, 0
+        per_tile = tiles[:, :, 0, ::stride, 0].numel() * view.kv_len
+        most = min(_TILES_AT_ONCE, _MAX_PRODUCTS // per_tile)
         while tile < view.num_tiles:
-            count = max(1, min(_TILES_AT_ONCE, num_full - tile))
+            count = max(1, min(most, num_full - tile))
             num_rows = min(size, view.num_rows - tile * size)
             rows = tiles[:, :, tile : tile + count, (num_rows - 1) % stride : num_rows : stride]
             stop = (view.first_block + tile + count - 1) * size + num_rows

@@ -82,7 +82,7 @@ def test_a_decode_step_does_not_wait_for_the_device(on_gpu):
     from service.engine.kv_cache import PageAllocator
     from service.engine.scheduler import Chunk
 
-    runner, allocator = on_gpu._runner, PageAllocator(on_gpu._runner.num_pages, 128)
+    runner, allocator = on_gpu.runner, PageAllocator(on_gpu.runner.num_pages, 128)
     sequences = []
     for index, (name, version) in enumerate(IDS):
         method = get_sparse_method(name, version)()

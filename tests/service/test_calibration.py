@@ -80,6 +80,22 @@ def test_a_request_of_a_calibrated_model_lands_near_its_target(calibrated_dir):
     assert engine.calibrated(method).get_threshold_info()["type"] == "dynamic_calibrated"
 
 
+def test_each_half_of_a_hybrid_is_bound_to_its_own_calibration(calibrated_dir):
+    engine = Engine.load(
+        Settings(model=calibrated_dir, device="cpu", block_size=BLOCK, max_running_requests=4),
+        NoEvents(),
+    )
+    cls = get_sparse_method("hybrid")
+    half = {"prefill": "flash_skip_softmax", "prefill_params": {"target_sparsity": 0.25}}
+    bound = engine.calibrated(cls(half))
+    bound.check_servable(BLOCK)
+    assert bound.get_threshold_info()["prefill"]["type"] == "dynamic_calibrated"
+    later = engine.calibrated(cls({"prefill": "xattention", "decode": "flash_skip_softmax"}))
+    assert later.get_threshold_info()["decode"]["type"] == "dynamic_calibrated"
+    with pytest.raises(SparseMethodError, match="needs a calibration"):
+        cls(half).check_servable(BLOCK)
+
+
 def test_planted_texts_have_the_length_asked_for_and_hold_facts():
     tokenizer = Tokenizer.load(default_model_directory())
     lengths = [300, 700]
@@ -106,7 +122,7 @@ def test_only_methods_that_know_a_target_can_be_calibrated():
     ids = {(cls.registered_name, cls.registered_version) for cls in calibratable(None)}
     assert ("flash_skip_softmax", "v2") in ids
     assert ("flash_skip_softmax", "v1") not in ids
-    for name in ("dense", "nonsense"):
+    for name in ("dense", "hybrid", "nonsense"):
         with pytest.raises(SparseMethodError):
             calibratable(name)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 import service.engine.engine
@@ -9,8 +10,8 @@ import service.server
 from service.cli import app
 from service.options import OptionGroup
 from service.settings import Settings
-from service.terminal import methods_markdown
-from sparse_methods import list_sparse_methods
+from service.terminal import methods_markdown, methods_table
+from sparse_methods import get_sparse_method, list_sparse_methods
 from tests.service.fake_engine import WORDS, FakeEngine
 
 runner = CliRunner()
@@ -62,6 +63,7 @@ def test_generate_reads_standard_input_and_takes_knobs(engine: FakeEngine) -> No
         (["--min-tokens", "999"], "min_tokens"),
         (["--device", "tpu"], "--device"),
         (["--port", "1"], "No such option"),
+        (["--allow-evaluation-methods"], "No such option"),
     ],
 )
 def test_a_bad_option_is_refused_before_anything_loads(options, words, engine) -> None:
@@ -85,6 +87,19 @@ def test_methods_lists_every_version() -> None:
         assert name in listing.stdout
         for version in versions:
             assert f"| `{name}` | {version} |" in table.stdout
+
+
+def test_methods_tells_which_are_for_evaluation_only() -> None:
+    rows = methods_markdown().splitlines()
+    marked = {row.split("`")[1] for row in rows if "For evaluation only." in row}
+    assert marked == {
+        name for name in list_sparse_methods() if get_sparse_method(name).evaluation_only
+    }
+    assert "oracle_topk" in marked
+    console = Console(width=300)
+    with console.capture() as captured:
+        console.print(methods_table())
+    assert captured.get().count("For evaluation only.") == len(marked)
 
 
 def test_every_setting_but_the_keys_is_an_option() -> None:

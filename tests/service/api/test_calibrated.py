@@ -16,6 +16,14 @@ class CalibratedEngine(FakeEngine):
         return method.with_calibration(entry)
 
 
+def generate(engine, body):
+    async def post():
+        async with http_client(engine) as client:
+            return await client.post("/generate", json=body)
+
+    return asyncio.run(post())
+
+
 def ask(engine, *, body=BODY):
     async def both():
         async with http_client(engine) as client:
@@ -28,9 +36,19 @@ def ask(engine, *, body=BODY):
 def test_a_target_without_a_calibration_is_a_bad_request():
     answer, page = ask(FakeEngine())
     assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "method_params"
     assert "needs a calibration" in answer.json()["error"]["message"]
     assert "sparseserve calibrate" in answer.json()["error"]["message"]
     assert (page["calibrated"], page["threshold"]["type"]) == (False, "static")
+
+
+def test_a_half_of_a_hybrid_needs_a_calibration_too():
+    params = {"decode": "flash_skip_softmax", "decode_params": {"decode_target_sparsity": 0.5}}
+    body = {"prompt": "x", "method": "hybrid", "method_params": params}
+    error = generate(FakeEngine(), body).json()["error"]
+    assert (error["code"], error["param"]) == (400, "method_params")
+    assert "'decode_target_sparsity' of 'flash_skip_softmax' needs a calib" in error["message"]
+    assert generate(CalibratedEngine(), body).status_code == 200
 
 
 def test_a_calibrated_server_shows_its_fits_and_takes_a_target():

@@ -231,3 +231,17 @@ async def test_concurrent_requests_do_not_mix(engine: FakeEngine) -> None:
     for i, answer in enumerate(answers):
         assert answer.json()["method"] == answer.headers["x-sparse-method"]
         assert answer.json()["method"] == ("dense", "streaming")[i % 2]
+
+
+async def test_thresholds_by_length_are_answered_plain_and_streamed(engine: FakeEngine) -> None:
+    """The contract keys them by int, which JSON cannot."""
+    fit = {"a": 10.0, "b": 1.0}
+    params = {"calibration_params": {"prefill": fit}, "target_sparse_ratio": {"prefill": 0.5}}
+    body = {"method": "flash_skip_softmax", "version": "v1", "method_params": params}
+    plain = await post(engine, body)
+    assert plain.status_code == 200, plain.text
+    *_, closing = events_of((await post(engine, {**body, "stream": True})).text)
+    for answer in (plain.json(), closing):
+        phase = answer["sparsity"]["threshold"]["phases"]["prefill"]
+        scale = phase["scale_factor"]
+        assert phase["example_thresholds"]["4096"] == pytest.approx(scale / 4096)

@@ -255,14 +255,14 @@ def test_leaving_a_generation_frees_its_pages_at_any_moment(engine, num_prompt):
 
 
 def test_a_failing_step_fails_its_requests_only_and_the_engine_lives_on(engine, monkeypatch):
-    original = engine.core._runner.run
+    original = engine.runner.run
 
     def fail_once(chunks):
-        monkeypatch.setattr(engine.core._runner, "run", original)
+        monkeypatch.setattr(engine.runner, "run", original)
         raise RuntimeError("out of luck")
 
     before = engine.events.num_errors
-    monkeypatch.setattr(engine.core._runner, "run", fail_once)
+    monkeypatch.setattr(engine.runner, "run", fail_once)
     with pytest.raises(GenerationError):
         run(engine, request(prompt_of(20)))
     assert engine.events.num_errors == before + 1
@@ -271,7 +271,7 @@ def test_a_failing_step_fails_its_requests_only_and_the_engine_lives_on(engine, 
 
 
 def test_logits_that_are_not_numbers_fail_their_own_request_only(engine, monkeypatch):
-    original = engine.core._runner.run
+    original = engine.runner.run
 
     def poison(chunks):
         logits, completed = original(chunks)
@@ -281,7 +281,7 @@ def test_logits_that_are_not_numbers_fail_their_own_request_only(engine, monkeyp
                 logits[row] = float("nan")
         return logits, completed
 
-    monkeypatch.setattr(engine.core._runner, "run", poison)
+    monkeypatch.setattr(engine.runner, "run", poison)
 
     async def both():
         return await asyncio.gather(
@@ -358,8 +358,8 @@ def boom(*_):
 
 def test_a_broken_device_still_lets_every_client_know(tiny_model_dir, monkeypatch):
     with running(tiny_model_dir) as one:
-        monkeypatch.setattr(one.core._runner, "run", boom)
-        monkeypatch.setattr(one.core._runner, "statistics", boom)
+        monkeypatch.setattr(one.runner, "run", boom)
+        monkeypatch.setattr(one.runner, "statistics", boom)
         with pytest.raises(GenerationError):
             run(one, request(prompt_of(5)))
         assert one.status().is_alive

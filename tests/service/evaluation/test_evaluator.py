@@ -12,6 +12,7 @@ from service.evaluation.results import Results
 from service.evaluation.specs import parse_specs
 from service.models.loading import default_model_directory
 from service.settings import Settings
+from sparse_methods import SparseAttentionMethod, get_sparse_method
 from tests.service.conftest import TOKENIZER_DIR
 
 pytestmark = pytest.mark.timeout(400)  # real prompts on slow, shared cores
@@ -123,6 +124,31 @@ def test_a_rerun_measures_only_what_is_new(tiny_model_dir, text, tmp_path, monke
     monkeypatch.setattr(evaluator, "_measure", measure)
     run(evaluator, path)
     assert measured == [("dense v1", 700), ("streaming v1 (window_blocks=1)", 700)]
+
+
+def test_an_interrupted_run_keeps_its_cells_and_goes_on_with_the_rest(
+    tiny_model_dir, text, tmp_path, monkeypatch
+):
+    path, evaluator = tmp_path / "out.json", make(tiny_model_dir, small(text))
+    hashes = [get_sparse_method(name).content_hash() for name in ("dense", "streaming")]
+    measured = []
+
+    def measure(spec, _length):
+        measured.append(spec.label)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setattr(evaluator, "_measure", measure)
+    # Whoever edits a method meanwhile does not change what was measured.
+    monkeypatch.setattr(SparseAttentionMethod, "content_hash", lambda: "edited")
+    with pytest.raises(KeyboardInterrupt):
+        run(evaluator, path)
+    (cell,) = json.loads(path.read_text())["cells"]
+    assert (cell["method"], cell["content_hash"]) == ("dense", hashes[0])
+    cells = run(evaluator, path)
+    assert measured == ["dense v1", *["streaming v1 (window_blocks=1)"] * 2]
+    assert [cell["content_hash"] for cell in cells] == hashes
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"num_samples": 2}])

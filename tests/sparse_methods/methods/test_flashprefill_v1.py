@@ -199,3 +199,16 @@ def test_decisions_stay_as_they_were():
         [0, 1, 2, 3, 4, 5, 7, 9],
         [0, 1, 4, 9],
     ]
+
+
+def test_generated_keys_in_the_prompts_last_page_do_not_count():
+    """A request that starts over computes them in the same step as the prompt's end."""
+    query, keys = draw(10 * BLOCK + 3)
+    view = paged.prefill_view(query, keys, block_size=BLOCK)
+    method = FlashPrefill({"alpha": 0.5, **ENDS})
+    before = method.select_prefill(view)
+    assert view.summaries is not None
+    view.summaries.total[view.pages[-1]] += 100 * view.query[-1].unflatten(0, (2, -1)).sum(1)
+    after = method.select_prefill(view)
+    assert torch.equal(after.counts, before.counts)
+    assert (before.counts[-1] > 2).any()

@@ -76,7 +76,7 @@ def test_thresholds_and_visiting_order_are_the_halves_own():
 
 def test_masks_are_the_halves_own():
     generator = torch.Generator().manual_seed(0)
-    for num_queries, half in ((640, "streaming"), (1, "quest")):
+    for num_queries, half in ((640, "xattention"), (1, "quest")):
         scores = torch.randn(1, 1, num_queries, 640, generator=generator)
         mask, stats = Hybrid().calculate_sparsity(scores)
         expected, expected_stats = get_sparse_method(half)().calculate_sparsity(scores)
@@ -145,7 +145,7 @@ def test_a_method_that_cannot_be_this_half_is_refused_with_those_that_can(knob, 
     [
         ({"decode": "qest"}, "decode", "Did you mean 'quest'"),
         ({"decode_version": "v99"}, "decode_version", "Available versions"),
-        ({"prefill_params": {"sinks": 1}}, "prefill_params.sinks", "sink_blocks"),
+        ({"prefill_params": {"sinks": 1}}, "prefill_params.sinks", "stride"),
         ({"decode_params": {"budget_pages": 0}}, "decode_params.budget_pages", "budget_pages"),
         ({"decode_params": []}, "decode_params", "decode_params"),
         ({"prefill": 5}, "prefill", "prefill"),
@@ -176,3 +176,12 @@ def test_a_calibration_reaches_the_half_it_is_of():
     assert given == [calibration, None]
     unbound = hybrid.with_calibration(other).halves[Phase.PREFILL]
     assert vars(unbound)["calibration"] is None
+
+
+def test_the_order_of_a_halfs_knobs_does_not_matter():
+    knobs = {"budget_pages": 4, "top_p": 0.5}
+    one = Hybrid({"decode_params": knobs})
+    other = Hybrid({"decode_params": dict(reversed(knobs.items()))})
+    assert one == other
+    assert hash(one) == hash(other)
+    assert hash(one) != hash(Hybrid({"decode_params": {**knobs, "budget_pages": 5}}))

@@ -186,3 +186,18 @@ def test_decisions_of_this_version_do_not_change():
 def test_knobs_have_bounds(knob, value):
     with pytest.raises(InvalidKnobsError, match=knob):
         Quest({knob: value})
+
+
+def test_keys_of_later_rows_in_the_own_page_do_not_count():
+    """A request that starts over writes the keys of many rows before it decides for the first."""
+    view = view_of([333, 400])
+    before = choose(view, top_p=0.8)
+    assert view.summaries is not None
+    own_pages = view.pages[torch.arange(2), view.own_pages.long()]
+    view.summaries.total[own_pages] += 30 * view.query[:, ::GROUP]
+    after = choose(view, top_p=0.8)
+    assert torch.equal(after.counts, before.counts)
+    assert (before.counts > 2).any()
+    for row in range(2):
+        for head in range(HEADS):
+            assert listed(after, row, head) == listed(before, row, head)
