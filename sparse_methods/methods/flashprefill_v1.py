@@ -39,6 +39,7 @@ class FlashPrefill(BlockMethod):
 
     phases = (Phase.PREFILL,)
     source: ClassVar[str] = "github.com/qhfan/FlashPrefill"
+    measured_break_even: ClassVar[int] = 1024
     uses_summaries = True
 
     class Knobs(BlockKnobs):

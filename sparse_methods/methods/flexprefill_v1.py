@@ -40,6 +40,7 @@ class FlexPrefill(BlockMethod):
     """
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase.PREFILL,)
+    measured_break_even: ClassVar[int] = 1024
     source: ClassVar[str] = "arXiv:2502.20766"
     uses_summaries: ClassVar[bool] = True
 

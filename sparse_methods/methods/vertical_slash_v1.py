@@ -42,6 +42,7 @@ class VerticalSlash(BlockMethod):
     """
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase.PREFILL,)
+    measured_break_even: ClassVar[int] = 1024
     source: ClassVar[str] = "arXiv:2407.02490"
 
     class Knobs(BlockKnobs):

@@ -41,6 +41,7 @@ class XAttention(BlockMethod):
 
     phases = (Phase.PREFILL,)
     source: ClassVar[str] = "arXiv:2503.16428"
+    measured_break_even: ClassVar[int] = 1024
 
     class Knobs(BlockKnobs):
         """How finely blocks are estimated and how much of the attention is kept."""

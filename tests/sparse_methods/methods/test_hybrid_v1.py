@@ -180,8 +180,10 @@ def test_a_calibration_reaches_the_half_it_is_of():
 
 def test_the_order_of_a_halfs_knobs_does_not_matter():
     knobs = {"budget_pages": 4, "top_p": 0.5}
-    one = Hybrid({"decode_params": knobs})
-    other = Hybrid({"decode_params": dict(reversed(knobs.items()))})
+    one = Hybrid({"decode": "quest", "decode_params": knobs})
+    other = Hybrid({"decode": "quest", "decode_params": dict(reversed(knobs.items()))})
     assert one == other
     assert hash(one) == hash(other)
-    assert hash(one) != hash(Hybrid({"decode_params": {**knobs, "budget_pages": 5}}))
+    assert hash(one) != hash(
+        Hybrid({"decode": "quest", "decode_params": {**knobs, "budget_pages": 5}})
+    )
