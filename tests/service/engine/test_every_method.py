@@ -26,7 +26,12 @@ KNOBS: dict[str, dict[str, Any]] = {  # such that something is left out here
     },
     "flash_skip_softmax@v2": {"prefill_threshold": 0.9, "decode_threshold": 0.3},
     "flashprefill@v1": {"alpha": 0.7, "window_blocks": 1},
-    "hybrid@v1": {"prefill": "flashprefill", "prefill_params": {"alpha": 0.9}, "decode": "quest"},
+    "hybrid@v1": {
+        "prefill": "flashprefill",
+        "prefill_params": {"alpha": 0.7, "window_blocks": 1, "dense_below": 0},
+        "decode": "quest",
+        "decode_params": {"dense_below": 0},
+    },
     "predictive_skip@v1": {"threshold": 0.9, "margin": 0.0},
     "snapkv@v1": {"budget_pages": 2},
     "xattention@v1": {"tau": 0.7},
