@@ -168,11 +168,17 @@ class _Reference:
         """
         if index not in self.own_squares:
             tiles, tile = self.inputs.tiles.tiles, self.inputs.tiles.tiles[index]
-            alike = list(itertools.takewhile(lambda other: _is_alike(tile, other), tiles[index:]))
+            size, skip = self.block_size, tile.position % self.block_size
+            alike = list(
+                itertools.takewhile(
+                    lambda other: _is_alike(tile, other) and other.position % size == skip,
+                    tiles[index:],
+                )
+            )
             row = self.inputs.page_table.rows[tile.request]
-            pages = [row[other.position // self.block_size] for other in alike]
+            pages = [row[other.position // size] for other in alike]
             keys, values = (
-                cache[pages, : tile.num_rows].transpose(1, 2)
+                cache[pages, skip : skip + tile.num_rows].transpose(1, 2)
                 for cache in (self.inputs.keys, self.inputs.values)
             )
             rows = self.inputs.query[tile.first_row : tile.first_row + len(alike) * tile.num_rows]
