@@ -107,6 +107,13 @@ class ScoreTiles:
         }
 
 
+def float32_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[B, n, m] float32 products of rows [B, n, d] and [B, m, d], summed in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a, b.mT, out_dtype=torch.float32)  # tensor cores; not on the CPU
+    return a.float() @ b.float().mT
+
+
 class BlockKnobs(Knobs):
     """What every method that selects blocks lets a client set."""
 

@@ -139,7 +139,10 @@ class Hybrid(SparseAttentionMethod):
         found = {phase: fallback for phase, fallback in halves.items() if fallback is not None}
         if not found:
             return None
-        reasons = [f"{phase}: {fallback.reason}" for phase, fallback in found.items()]
+        reasons = [  # in a hybrid, a half's knobs lie one level deeper
+            f"{phase}: " + fallback.reason.replace("knob '", f"knob '{phase}_params.")
+            for phase, fallback in found.items()
+        ]
         targets = dict.fromkeys(fallback.to for fallback in found.values())
         return Fallback(", ".join(targets), " ".join(reasons))
 

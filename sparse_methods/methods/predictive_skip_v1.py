@@ -26,7 +26,13 @@ from pydantic import Field
 from torch.nn import functional
 from typing_extensions import override
 
-from sparse_methods.block_method import SCORE_BLOCK, BlockKnobs, BlockMethod, ScoreTiles
+from sparse_methods.block_method import (
+    SCORE_BLOCK,
+    BlockKnobs,
+    BlockMethod,
+    ScoreTiles,
+    float32_products,
+)
 from sparse_methods.errors import UnsupportedError
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
@@ -81,7 +87,7 @@ class PredictiveSkip(BlockMethod):
             slab = slice(start, min(start + step, view.num_tiles))
             num_blocks = view.first_block + slab.stop
             seen = groups[:, : num_blocks * self.knobs.probe_keys]
-            scores = _product(probes[:, :, slab].flatten(1, 3), seen) * view.scale
+            scores = float32_products(probes[:, :, slab].flatten(1, 3), seen) * view.scale
             estimates = scores.unflatten(-1, (num_blocks, -1)).amax(-1)
             estimates = estimates.unflatten(1, (-1, *probes[:, :, slab].shape[2:4]))
             slab_kept = self._keep(estimates, exact[:, :, slab], view.tile_blocks[slab]).any(1)
@@ -177,8 +183,10 @@ def _score_in_full(view: PrefillView, probes: torch.Tensor, rows: torch.Tensor) 
     own_keys = view.keys[view.pages[view.tile_blocks]].permute(2, 0, 1, 3)  # [Hkv, N, keys, D]
     # A slice, as a single number as an index would make the host wait for the device.
     first_keys = view.keys[view.pages[:1]][0].transpose(0, 1)  # [Hkv, keys, D]
-    own = _product(queries.flatten(0, 1), own_keys.flatten(0, 1)).unflatten(0, queries.shape[:2])
-    first = _product(queries.flatten(1, 2), first_keys).view_as(own)
+    own = float32_products(queries.flatten(0, 1), own_keys.flatten(0, 1)).unflatten(
+        0, queries.shape[:2]
+    )
+    first = float32_products(queries.flatten(1, 2), first_keys).view_as(own)
     positions, keys = view.position + rows, torch.arange(size, device=rows.device)
     is_after = keys > positions.remainder(size)[..., None]  # [N, r, keys] of the own block
     is_after_first = keys > positions[..., None]
@@ -189,13 +197,6 @@ def _score_in_full(view: PrefillView, probes: torch.Tensor, rows: torch.Tensor) 
         .amax(-1),
     )
     return (highest * view.scale).transpose(1, 2)
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[B, n, m] float32 products of rows [B, n, d] and [B, m, d], summed in float32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.bmm(a, b.mT, out_dtype=torch.float32)  # tensor cores; not on the CPU
-    return a.float() @ b.float().mT
 
 
 def _in_visiting_order(is_kept: torch.Tensor, tile_blocks: torch.Tensor) -> BlockSelection:

@@ -22,7 +22,13 @@ from pydantic import Field
 from torch.nn import functional
 from typing_extensions import override
 
-from sparse_methods.block_method import SCORE_BLOCK, BlockKnobs, BlockMethod, ScoreTiles
+from sparse_methods.block_method import (
+    SCORE_BLOCK,
+    BlockKnobs,
+    BlockMethod,
+    ScoreTiles,
+    float32_products,
+)
 from sparse_methods.errors import UnsupportedError
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
@@ -152,7 +158,7 @@ def _estimate_cells(
     grouped = queries.flatten(2, 3)  # [Hkv, G, n * g, stride, D]
     reverse = grouped.flip(-2).flatten(-2)
     seen_keys = keys[:, : first_group + num_tiles * per_tile].flatten(-2)
-    products = _product(reverse.flatten(1, 2), seen_keys)
+    products = float32_products(reverse.flatten(1, 2), seen_keys)
     cells: torch.Tensor = products.unflatten(1, reverse.shape[1:3])
     cells *= (view.scale / num_rows.clamp(min=1))[:, None]
 
@@ -168,13 +174,6 @@ def _estimate_cells(
     cells.masked_fill_(is_hidden, float("-inf"))
     by_tile: torch.Tensor = cells.unflatten(2, (num_tiles, per_tile))
     return by_tile
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[B, n, m] float32 products of rows [B, n, d] and [B, m, d], summed in float32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.bmm(a, b.mT, out_dtype=torch.float32)  # tensor cores; not on the CPU
-    return a.float() @ b.float().mT
 
 
 def _block_mass(cells: torch.Tensor, per_block: int) -> torch.Tensor:

@@ -80,7 +80,7 @@ def test_what_transformers_shares_is_given_back_even_after_a_failure(llama_direc
         raise ZeroDivisionError
 
     def hook(*_):
-        raise NotImplementedError
+        raise NotImplementedError("a stranger's hook, which must come back without being called")
 
     verbosity = transformers_logging.get_verbosity()
     before = transformers_logging.set_tqdm_hook(hook)

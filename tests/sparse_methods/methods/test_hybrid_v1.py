@@ -95,6 +95,7 @@ def test_each_half_has_its_own_break_even_length():
     assert fallback is not None
     assert fallback.to == "dense"
     assert fallback.reason.startswith("decode: ")
+    assert "'decode_params.dense_below'" in fallback.reason
     both = hybrid.fallback(99)
     assert both is not None
     assert "prefill: " in both.reason
