@@ -1,8 +1,9 @@
-"""Prefill attention of one layer on a GPU: our kernel against cuDNN and flash-attn-4.
+"""Prefill attention of one layer on a GPU: our implementations against cuDNN.
 
-Dense attention, block lists of known density, and thresholds on clustered queries and keys of
-which a known share of tiles scores far below the row's maximum: random ones would skip nothing
-and prove nothing. Ours reads shuffled pages; its time includes what it counts and allocates.
+Dense attention, block lists of known density (given, and selected in the time that counts), and
+thresholds on clustered queries and keys of which a known share of tiles scores far below the row's
+maximum: random ones would skip nothing and prove nothing. Ours reads shuffled pages; its time
+includes what it counts and allocates. flash-attn-4 by itself is timed too where it is installed.
 """
 
 import importlib.util
@@ -19,17 +20,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.errors import TritonError
 
 from benchmarks.report import save
+from sparse_methods import SparseAttentionMethod, get_sparse_method
+from sparse_methods.kernels import Implementation, pick_implementation
 from sparse_methods.kernels.operation import (
     AttentionInputs,
+    AttentionOutputs,
     BlockLists,
     LayerGeometry,
     PageTable,
     QueryTiles,
     Tile,
 )
-from sparse_methods.kernels.triton_attention import attend
+from sparse_methods.kernels.page_summary import PageSegments, allocate_summaries, update_summaries
 from sparse_methods.kernels.triton_prefill import PrefillConfig, prefill
 from sparse_methods.kernels.triton_workspace import Workspace
+from sparse_methods.views import PrefillView
 
 _GEOMETRY = LayerGeometry(
     num_heads=32, num_kv_heads=8, head_dim=128, value_dim=128, scale=128**-0.5
@@ -40,13 +45,18 @@ _DENSITIES = (0.26, 0.11)
 _SKIPPED_SHARES = (0.49, 0.73, 0.88)
 _NUM_CLUSTERS = 32  # directions of queries; each key is near some of them
 _CLUSTERED_KEYS = 256
-_LOG_THRESHOLD = math.log(1e-3)
+_THRESHOLD = 1e-3
 _VARIANTS = [
     PrefillConfig(num_warps, num_stages, sub_tile, use_tma=use_tma, split_loops=split_loops)
     for num_warps, num_stages, sub_tile in [(8, 2, 128), (8, 3, 128), (8, 3, 64), (4, 3, 64)]
     for use_tma in (False, True)
     for split_loops in (True, False)
 ] + [PrefillConfig(8, stages, 128, use_tma=True, warp_specialize=True) for stages in (2, 3)]
+_LISTED_VARIANTS = [
+    PrefillConfig(8, num_stages, sub_tile, use_tma=use_tma)
+    for num_stages, sub_tile in [(2, 128), (3, 128), (3, 64)]
+    for use_tma in (False, True)
+]
 _SKIPPING_VARIANTS = [
     PrefillConfig(8, num_stages, 128, use_tma=use_tma, eager_values=eager_values)
     for num_stages in (2, 3)
@@ -73,62 +83,112 @@ def main(*, quick: bool = False, warmup: bool = False, write: bool = True) -> No
         _report(results, f"dense {length}", dense(length, rep_ms))
     inputs = build(32768)
     cudnn = _milliseconds(_cudnn(inputs), rep_ms)
+    results["cuDNN dense 32768, ms"] = cudnn
     for density in _DENSITIES:
         _report(results, f"lists at density {density}", lists(inputs, density, cudnn, rep_ms))
+        method = get_sparse_method("block_topk")({"keep_ratio": density - 0.01, "dense_below": 0})
+        _report(results, f"block_topk at {density}", selected(inputs, method, cudnn, rep_ms))
+    method = get_sparse_method("predictive_skip")({"threshold": _THRESHOLD, "dense_below": 0})
     for share in _SKIPPED_SHARES:
-        _report(results, f"thresholds, {share} skipped", skipping(inputs, share, cudnn, rep_ms))
+        clustered = _clustered(inputs, share)
+        _report(results, f"thresholds, {share} skipped", skipping(clustered, cudnn, rep_ms))
+        _report(results, f"predictive_skip, {share}", selected(clustered, method, cudnn, rep_ms))
     if warmup:
         _report(results, "dense 32768, ms", variants(inputs, _VARIANTS, rep_ms))
+        listed = replace(inputs, lists=_random_lists(inputs, 0.26))
+        _report(results, "lists at 0.26, ms", variants(listed, _LISTED_VARIANTS, rep_ms))
         clustered = _clustered(inputs, 0.73)
         _report(results, "0.73 skipped, ms", variants(clustered, _SKIPPING_VARIANTS, rep_ms))
     if write:
         print(f"\nwritten to {save('kernels', results)}")
 
 
+def implementations() -> dict[str, Implementation]:
+    """Ours by name: Triton, and what ``auto`` takes if that is another."""
+    return dict(pick_implementation(name, "cuda") for name in ("triton", "auto"))
+
+
 def dense(length: int, rep_ms: int) -> dict[str, float]:
     """Ours and the peers on a whole prompt."""
     inputs = build(length)
     expected = _cudnn(inputs)()[0].transpose(0, 1)
-    difference = (attend(inputs).output - expected).abs().max().item()
-    ours = _milliseconds(lambda: attend(inputs), rep_ms)
-    peers = {"cuDNN": _milliseconds(_cudnn(inputs), rep_ms)}
+    result: dict[str, float] = {}
+    cudnn = _milliseconds(_cudnn(inputs), rep_ms)
+    peers = {"cuDNN": cudnn}
     if importlib.util.find_spec("flash_attn") is not None:
         peers["flash-attn-4"] = _milliseconds(_flash_attn_4(inputs), rep_ms)
     tera_flop = 2 * length * length * _GEOMETRY.num_heads * _GEOMETRY.head_dim / 1e12
-    return {
-        **{f"ratio: speed over {name}": time / ours for name, time in peers.items()},
-        "TFLOP/s": tera_flop / ours * 1e3,
-        **{f"{name}, TFLOP/s": tera_flop / time * 1e3 for name, time in peers.items()},
-        "ms": ours,
-        **{f"{name}, ms": time for name, time in peers.items()},
-        "largest difference to cuDNN": difference,
-    }
+    for name, attend in implementations().items():
+        difference = (attend(inputs).output - expected).abs().max().item()
+        ours = _milliseconds(lambda attend=attend: attend(inputs), rep_ms)  # type: ignore[misc]
+        result |= {f"ratio: {name} over {peer}": time / ours for peer, time in peers.items()}
+        result |= {
+            f"{name}, ms": ours,
+            f"{name}, TFLOP/s": tera_flop / ours * 1e3,
+            f"{name}, largest difference to cuDNN": difference,
+        }
+    for name, time in peers.items():
+        result |= {f"{name}, ms": time, f"{name}, TFLOP/s": tera_flop / time * 1e3}
+    return result
 
 
 def lists(inputs: AttentionInputs, density: float, cudnn: float, rep_ms: int) -> dict[str, float]:
     """Random block lists that are given, not selected."""
     listed = replace(inputs, lists=_random_lists(inputs, density))
-    blocks = attend(listed).blocks.sum((0, 1))
-    ours = _milliseconds(lambda: attend(listed), rep_ms)
-    return {
-        "ratio: speed over cuDNN dense": cudnn / ours,
-        "density": (blocks[1] / blocks[0]).item(),
-        "ms": ours,
-        "cuDNN dense, ms": cudnn,
-    }
+    return _compare(lambda attend: attend(listed), cudnn, rep_ms)
 
 
-def skipping(inputs: AttentionInputs, share: float, cudnn: float, rep_ms: int) -> dict[str, float]:
-    """A threshold that drops a known share of tiles."""
-    clustered = _clustered(inputs, share)
-    blocks = attend(clustered).blocks.sum((0, 1))
-    ours = _milliseconds(lambda: attend(clustered), rep_ms)
-    return {
-        "ratio: speed over cuDNN dense": cudnn / ours,
-        "share skipped": (blocks[2] / blocks[0]).item(),
-        "ms": ours,
-        "cuDNN dense, ms": cudnn,
-    }
+def skipping(clustered: AttentionInputs, cudnn: float, rep_ms: int) -> dict[str, float]:
+    """A threshold that drops a known share of tiles, by both visiting orders."""
+    first = torch.ones(len(clustered.tiles.tiles), dtype=torch.bool, device="cuda")
+    ordered = replace(clustered, diagonal_first=first)
+    left_to_right = _compare(lambda attend: attend(clustered), cudnn, rep_ms)
+    diagonal_first = _compare(lambda attend: attend(ordered), cudnn, rep_ms)
+    return left_to_right | {f"{key}, diagonal first": v for key, v in diagonal_first.items()}
+
+
+def selected(
+    inputs: AttentionInputs, method: SparseAttentionMethod, cudnn: float, rep_ms: int
+) -> dict[str, float]:
+    """A method that chooses its blocks, choosing included."""
+    pages = inputs.page_table.pages[0]
+    summaries = allocate_summaries(inputs.keys)
+    ones = torch.ones_like(pages)
+    keys = inputs.keys[pages].flatten(0, 1)
+    update_summaries(summaries, keys, PageSegments(pages, ones * _PAGE, ones < 0))
+    view = PrefillView(
+        query=inputs.query,
+        keys=inputs.keys,
+        pages=pages,
+        position=0,
+        prompt_len=len(inputs.query),
+        scale=_GEOMETRY.scale,
+        block_size=_PAGE,
+        layer=0,
+        num_layers=1,
+        summaries=summaries,
+    )
+
+    def run(attend: Implementation) -> AttentionOutputs:
+        chosen = method.select_prefill(view)
+        listed = None if chosen is None else BlockLists(chosen.indices, chosen.counts)
+        return attend(replace(inputs, lists=listed))
+
+    choosing = _milliseconds(lambda: method.select_prefill(view), rep_ms)
+    return _compare(run, cudnn, rep_ms) | {"choosing, ms": choosing}
+
+
+def _compare(
+    run: Callable[[Implementation], AttentionOutputs], cudnn: float, rep_ms: int
+) -> dict[str, float]:
+    """Each of our implementations against dense attention by cuDNN."""
+    result: dict[str, float] = {}
+    for name, attend in implementations().items():
+        total, chosen, skipped = run(attend).blocks.sum((0, 1)).tolist()
+        ours = _milliseconds(lambda attend=attend: run(attend), rep_ms)  # type: ignore[misc]
+        result |= {f"ratio: {name} over cuDNN dense": cudnn / ours, f"{name}, ms": ours}
+        result |= {"density": (chosen - skipped) / total, "listed": chosen / total}
+    return result
 
 
 def variants(
@@ -211,7 +271,7 @@ def _clustered(inputs: AttentionInputs, share: float) -> AttentionInputs:
         inputs,
         query=(query + 0.02 * torch.randn_like(query)).to(inputs.query.dtype),
         keys=paged,
-        log_thresholds=torch.full((count,), _LOG_THRESHOLD, device="cuda"),
+        log_thresholds=torch.full((count,), math.log(_THRESHOLD), device="cuda"),
     )
 
 

@@ -12,7 +12,7 @@ from service.engine.kv_cache import allocate_caches
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.models.attention import AttentionBatch, PagedAttention, bind
-from sparse_methods.kernels import pick_cache_writer, pick_implementation
+from sparse_methods.kernels import pick_cache_writer, pick_implementation, prepare
 from sparse_methods.kernels.operation import LayerGeometry
 from sparse_methods.statistics import PHASES, RequestStatistics, read_statistics
 
@@ -46,6 +46,7 @@ class ModelRunner:
         self.num_pages = num_pages
         self.block_size = block_size
         self.attention_name, implementation = pick_implementation("auto", self.device)
+        prepare(self.attention_name, self.geometries, self.dtype, self.device)
         self._num_slots = num_slots
         # One page and one slot more than are handed out: padding rows write and count there.
         caches = allocate_caches(

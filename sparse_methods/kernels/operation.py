@@ -69,6 +69,32 @@ class Tile(NamedTuple):
         return self.position + self.num_rows
 
 
+class TileRun(NamedTuple):
+    """Prompt tiles of one request, side by side, of which the first begins a block."""
+
+    first_tile: int
+    num_tiles: int
+    first_row: int
+    num_rows: int
+    position: int
+    request: int
+
+    @property
+    def tiles(self) -> slice:
+        """Their places in the batch's tiles."""
+        return slice(self.first_tile, self.first_tile + self.num_tiles)
+
+    @property
+    def rows(self) -> slice:
+        """Their rows in the packed batch."""
+        return slice(self.first_row, self.first_row + self.num_rows)
+
+    @property
+    def kv_len(self) -> int:
+        """Keys the last row sees under causality."""
+        return self.position + self.num_rows
+
+
 @dataclass(frozen=True)
 class QueryTiles:
     """The query tiles of a batch, cut at absolute multiples of the block size.
@@ -102,6 +128,22 @@ class QueryTiles:
         return max(tile.kv_len for tile in self.tiles)
 
     @cached_property
+    def runs(self) -> tuple[TileRun, ...]:
+        """Prompt tiles of each request; without those that begin within of a block."""
+        runs: list[TileRun] = []
+        for index, tile in enumerate(self.tiles):
+            before = runs[-1] if runs else None
+            if tile.is_decode:
+                continue
+            if before and before.request == tile.request and before.kv_len == tile.position:
+                runs[-1] = before._replace(
+                    num_tiles=before.num_tiles + 1, num_rows=before.num_rows + tile.num_rows
+                )
+            elif tile.position % self.block_size == 0:
+                runs.append(TileRun(index, 1, *tile[:4]))
+        return tuple(runs)
+
+    @cached_property
     def counts_without_lists(self) -> dict[LayerGeometry, tuple[torch.Tensor, torch.Tensor]]:
         """What ``count_selected`` found, by geometry, for tiles that have no lists."""
         return {}
@@ -121,20 +163,46 @@ class QueryTiles:
         """[n] int32, the tiles that are decode rows."""
         return self._packed[2]
 
+    @property
+    def tail_indices(self) -> torch.Tensor:
+        """[n] int32, the prompt tiles that end within of a block."""
+        return self._packed[3]
+
+    def prefill_indices_beside(self, runs: tuple[TileRun, ...]) -> torch.Tensor:
+        """``prefill_indices`` without the tiles of ``runs``."""
+        if not runs:
+            return self.prefill_indices
+        if runs not in self._indices_beside:  # the same in every layer of a kind
+            taken = {index for run in runs for index in range(run.tiles.start, run.tiles.stop)}
+            left = [index for index in self._prefill_order if index not in taken]
+            self._indices_beside[runs] = self._column(left).to(torch.int32)
+        return self._indices_beside[runs]
+
     @cached_property
-    def _packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _indices_beside(self) -> dict[tuple[TileRun, ...], torch.Tensor]:
+        return {}
+
+    @cached_property
+    def _prefill_order(self) -> list[int]:
+        """Numbers of the prompt tiles, those with the most keys first."""
+        prefill = [index for index, tile in enumerate(self.tiles) if not tile.is_decode]
+        return sorted(prefill, key=lambda index: -self.tiles[index].kv_len)
+
+    @cached_property
+    def _packed(self) -> tuple[torch.Tensor, ...]:
         """What kernels read of the tiles, moved to the device in one copy."""
-        tiles = self.tiles
-        order = sorted(range(len(tiles)), key=lambda index: -tiles[index].kv_len)
-        prefill = [index for index in order if not tiles[index].is_decode]
+        tiles, prefill = self.tiles, self._prefill_order
         decode = [index for index, tile in enumerate(tiles) if tile.is_decode]
-        table = [value for tile in tiles for value in tile[:4]]
+        tails = [index for index in prefill if tiles[index].kv_len % self.block_size]
+        parts = [[value for tile in tiles for value in tile[:4]], prefill, decode, tails]
         # Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes.
-        padding = [0] * (-len(prefill) % 4)
-        values = torch.tensor([*table, *prefill, *padding, *decode], dtype=torch.int32)
-        sizes = [len(table), len(prefill), len(padding), len(decode)]
-        columns, prefill_indices, _, decode_indices = values.to(self.device).split(sizes)
-        return columns.view(-1, 4), prefill_indices, decode_indices
+        padded = [part + [0] * (-len(part) % 4) for part in parts]
+        values = torch.tensor(list(itertools.chain(*padded)), dtype=torch.int32).to(self.device)
+        table, *indices = (
+            rows[: len(part)]
+            for rows, part in zip(values.split(list(map(len, padded))), parts, strict=True)
+        )
+        return table.view(-1, 4), *indices
 
     @classmethod
     def of_rows(
@@ -152,7 +220,7 @@ class QueryTiles:
             positions=positions,
             kv_lens=positions + 1,
             is_decode=torch.ones_like(positions, dtype=torch.bool),
-            _packed=(torch.stack(columns, 1), rows[:0], rows),
+            _packed=(torch.stack(columns, 1), rows[:0], rows, rows[:0]),
         )
         return built
 
@@ -169,6 +237,11 @@ class PageTable:
     """
 
     pages: torch.Tensor
+
+    @cached_property
+    def compact(self) -> torch.Tensor:
+        """The table as int32."""
+        return self.pages.to(torch.int32)
 
     @cached_property
     def rows(self) -> list[list[int]]:

@@ -1,6 +1,11 @@
 """The attention operation in Triton: one launch for prompt tiles and one for decode rows."""
 
-from sparse_methods.kernels.operation import AttentionInputs, AttentionOutputs, count_selected
+from sparse_methods.kernels.operation import (
+    AttentionInputs,
+    AttentionOutputs,
+    TileRun,
+    count_selected,
+)
 from sparse_methods.kernels.triton_decode import decode
 from sparse_methods.kernels.triton_prefill import prefill
 from sparse_methods.kernels.triton_workspace import Workspace
@@ -12,14 +17,19 @@ def attend(inputs: AttentionInputs) -> AttentionOutputs:
     Nothing waits for the device, so a list without any visible block is not refused here: its
     rows come out as NaN.
     """
-    tiles = inputs.tiles
     workspace = Workspace.allocate(inputs)
-    if len(tiles.prefill_indices):
-        prefill(inputs, tiles.prefill_indices, workspace)
-    if len(tiles.decode_indices):
-        decode(inputs, tiles.decode_indices, workspace)
+    attend_beside(inputs, (), workspace)
     blocks, kv_elements = count_selected(inputs)
     if inputs.log_thresholds is not None:
         blocks[..., 2] += workspace.skipped
         kv_elements[:, 0] -= workspace.unread_keys.sum(1) * inputs.geometry.value_dim
     return AttentionOutputs(workspace.output, workspace.lse, blocks, kv_elements)
+
+
+def attend_beside(inputs: AttentionInputs, runs: tuple[TileRun, ...], workspace: Workspace) -> None:
+    """Compute every tile that is not of ``runs`` into ``workspace``."""
+    prefill_indices = inputs.tiles.prefill_indices_beside(runs)
+    if len(prefill_indices):
+        prefill(inputs, prefill_indices, workspace)
+    if len(inputs.tiles.decode_indices):
+        decode(inputs, inputs.tiles.decode_indices, workspace)
