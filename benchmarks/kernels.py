@@ -58,10 +58,10 @@ _LISTED_VARIANTS = [
     for use_tma in (False, True)
 ]
 _SKIPPING_VARIANTS = [
-    PrefillConfig(8, num_stages, 128, use_tma=use_tma, eager_values=eager_values)
-    for num_stages in (2, 3)
+    PrefillConfig(8, num_stages, 128, use_tma=use_tma, in_pairs=in_pairs)
+    for num_stages in (1, 2, 3)
     for use_tma in (False, True)
-    for eager_values in (False, True)
+    for in_pairs in (False, True)
 ]
 Run = Callable[[], Any]
 

@@ -12,8 +12,9 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparse_methods.kernels import triton_prefill_kernels as kernels
 from sparse_methods.kernels.operation import AttentionInputs
+from sparse_methods.kernels.triton_prefill_kernels import attend_tile
+from sparse_methods.kernels.triton_skip_kernels import attend_tile_with_threshold
 from sparse_methods.kernels.triton_workspace import Workspace
 
 _L2_BYTES = 32 << 20  # what of an H100's 50 MiB keys and values may fill
@@ -27,11 +28,11 @@ class PrefillConfig:
     Attributes:
         num_warps: Warps of a program.
         num_stages: Depth of the software pipeline of loads.
-        sub_tile: Keys of one step of the softmax, at most a block.
+        sub_tile: Keys of one step of the softmax, at most a block; with thresholds, it is a block.
         use_tma: Load keys and values by the tensor memory accelerator. Slots of the cache that
             nobody wrote must then be finite, as nothing hides them from the product with V.
         split_loops: Run blocks that need no mask in a loop of their own.
-        eager_values: Load V before the threshold decides: costs bytes, hides latency.
+        in_pairs: With thresholds, take two blocks in a step, for one decision on both.
         warp_specialize: Let Triton give loads, products and softmax to different warps.
     """
 
@@ -40,7 +41,7 @@ class PrefillConfig:
     sub_tile: int = 128
     use_tma: bool = False
     split_loops: bool = True
-    eager_values: bool = False
+    in_pairs: bool = False
     warp_specialize: bool = False
 
 
@@ -75,18 +76,12 @@ def prefill(
         workspace: Receives output and lse of the tiles' rows, and skipped of the tiles.
         config: How to compile; the default fits the shape.
 
-    Raises:
-        ValueError: Thresholds are given and ``config.sub_tile`` is not the block size.
     """
     geometry, tiles = inputs.geometry, inputs.tiles
     config = config or default_config(inputs)
     query, keys, values, lists = inputs.query, inputs.keys, inputs.values, inputs.lists
     has_thresholds = inputs.log_thresholds is not None
-    if has_thresholds and config.sub_tile != tiles.block_size:
-        raise ValueError("A threshold decides on a whole block: sub_tile must be the block size.")
-    is_split = config.split_loops and lists is None and not has_thresholds
-    has_window = bool(geometry.window or geometry.chunk)
-    heads_at_once = _kv_heads_in_l2(inputs) * geometry.group_size
+    keys_at_once = tiles.block_size if has_thresholds else config.sub_tile
     shapes: dict[str, Any] = {
         "NUM_HEADS": geometry.num_heads,
         "GROUP": geometry.group_size,
@@ -95,32 +90,20 @@ def prefill(
         "PADDED_HEAD_DIM": _padded(geometry.head_dim),
         "PADDED_VALUE_DIM": _padded(geometry.value_dim),
         "BLOCK": tiles.block_size,
-        "SUB_TILE": config.sub_tile,
         "WINDOW": geometry.window,
         "CHUNK": geometry.chunk,
         "SOFTCAP": geometry.softcap,
-        # Blocks at the window's edge, blocks without a mask, and the others; or all as the last.
-        "FIRST_PHASE": (0 if has_window else 1) if is_split else 2,
         "USE_TMA": config.use_tma,
-        "EAGER_VALUES": config.eager_values,
-        "WARP_SPECIALIZE": config.warp_specialize,
         "STAGES": config.num_stages,
     }
-    kernels.attend_tile[(len(indices) * geometry.num_heads,)](
-        query,
-        _descriptor(keys, config.sub_tile) if config.use_tma else keys,
-        _descriptor(values, config.sub_tile) if config.use_tma else values,
-        workspace.output,
-        workspace.lse,
-        workspace.skipped,
+    places = (
         tiles.table,
         indices,
         inputs.page_table.pages,
         None if lists is None else lists.indices,
         None if lists is None else lists.counts,
-        inputs.log_thresholds,
-        inputs.diagonal_first if has_thresholds else None,  # else the order changes nothing
-        inputs.sinks,
+    )
+    strides = (
         *query.stride()[:2],
         *keys.stride()[:3],
         *values.stride()[:3],
@@ -128,12 +111,51 @@ def prefill(
         *((0, 0) if lists is None else lists.indices.stride()[:2]),
         *((0, 0) if lists is None else lists.counts.stride()),
         len(indices),
-        heads_at_once,
+        _kv_heads_in_l2(inputs) * geometry.group_size,
         geometry.scale,
+    )
+    caches = (
+        _descriptor(cache, keys_at_once) if config.use_tma else cache for cache in (keys, values)
+    )
+    compiling = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,  # off by default from Triton 3.10 on
+    }
+    grid = (len(indices) * geometry.num_heads,)
+    if has_thresholds:
+        attend_tile_with_threshold[grid](
+            query,
+            *caches,
+            workspace.output,
+            workspace.lse,
+            workspace.skipped,
+            *places,
+            inputs.log_thresholds,
+            inputs.diagonal_first,
+            inputs.sinks,
+            *strides,
+            **shapes,
+            IN_PAIRS=config.in_pairs,
+            **compiling,
+        )
+        return
+    is_split = config.split_loops and lists is None
+    has_window = bool(geometry.window or geometry.chunk)
+    attend_tile[grid](
+        query,
+        *caches,
+        workspace.output,
+        workspace.lse,
+        *places,
+        inputs.sinks,
+        *strides,
         **shapes,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,  # off by default from Triton 3.10 on
+        SUB_TILE=config.sub_tile,
+        # Blocks at the window's edge, blocks without a mask, and the others; or all as the last.
+        FIRST_PHASE=(0 if has_window else 1) if is_split else 2,
+        WARP_SPECIALIZE=config.warp_specialize,
+        **compiling,
     )
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``triton_prefill``; shapes as in ``operation``.
+"""The Triton kernel behind ``triton_prefill`` without thresholds; shapes as in ``operation``.
 
 Scores are kept in base 2: exp2 is an instruction of the hardware and exp is not. A loop over
 blocks must carry no value that its body only passes on (``block = next_block``): Triton takes
@@ -8,7 +8,7 @@ that for a dependence over two steps and leaves the loop without a software pipe
 import triton
 import triton.language as tl
 
-_VARYING = [  # no reason to compile anew
+VARYING = [  # no reason to compile anew
     "pages_request",
     "indices_tile",
     "indices_head",
@@ -20,7 +20,7 @@ _VARYING = [  # no reason to compile anew
 
 
 @triton.jit
-def _base_2_scores(query, keys, scale, SOFTCAP: tl.constexpr):
+def base_2_scores(query, keys, scale, SOFTCAP: tl.constexpr):
     """Products of [M, D] and [N, D]; the caller multiplies them by ``scale`` unless SOFTCAP."""
     scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
     if SOFTCAP > 0.0:
@@ -31,7 +31,7 @@ def _base_2_scores(query, keys, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _first_visible(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+def first_visible(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     """``LayerGeometry.first_visible``."""
     first = position * 0
     if WINDOW:
@@ -42,10 +42,9 @@ def _first_visible(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _block_at(visit, listed, num_listed, first, last, is_diagonal_first, HAS_LISTS: tl.constexpr):
+def _block_at(visit, listed, num_listed, first, HAS_LISTS: tl.constexpr):
     """Logical block of a visit; behind the end, and for what the list lacks, any block."""
     block = first + visit
-    block = tl.where(is_diagonal_first, tl.where(visit == 0, last, block - 1), block)
     if HAS_LISTS:
         entry = tl.load(listed + visit, mask=visit < num_listed, other=0)
         block = tl.where(num_listed >= 0, entry, block)
@@ -53,7 +52,7 @@ def _block_at(visit, listed, num_listed, first, last, is_diagonal_first, HAS_LIS
 
 
 @triton.jit
-def _load(
+def load_tile(
     cache,
     page,
     offset,
@@ -76,21 +75,18 @@ def _load(
     return tile
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def attend_tile(
     query,
     keys,
     values,
     output,
     lse,
-    skipped,
     table,
     order,
     pages,
     indices,
     counts,
-    log_thresholds,
-    diagonal_first,
     sinks,
     query_row,
     query_head,
@@ -121,7 +117,6 @@ def attend_tile(
     SOFTCAP: tl.constexpr,
     FIRST_PHASE: tl.constexpr,
     USE_TMA: tl.constexpr,
-    EAGER_VALUES: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -130,7 +125,6 @@ def attend_tile(
     LN_2: tl.constexpr = 0.6931471805599453
     PER_BLOCK: tl.constexpr = BLOCK // SUB_TILE
     HAS_LISTS: tl.constexpr = indices is not None
-    HAS_THRESHOLDS: tl.constexpr = log_thresholds is not None
 
     # Which tile, which head --------------------------------------------------------------------
     program = tl.program_id(0)
@@ -153,20 +147,15 @@ def attend_tile(
     value_columns = tl.arange(0, PADDED_VALUE_DIM)
     is_row = rows < num_rows
     last_seen = tl.minimum(position + rows, kv_len - 1)  # rows of padding see what the last sees
-    first_seen = _first_visible(last_seen, WINDOW, CHUNK)
-    first_key = _first_visible(position, WINDOW, CHUNK)
-    all_see = _first_visible(kv_len - 1, WINDOW, CHUNK)  # keys between it and position
+    first_seen = first_visible(last_seen, WINDOW, CHUNK)
+    first_key = first_visible(position, WINDOW, CHUNK)
+    all_see = first_visible(kv_len - 1, WINDOW, CHUNK)  # keys between it and position
     first, last = first_key // BLOCK, (kv_len - 1) // BLOCK
 
-    num_listed, listed, is_diagonal_first = -1, pages, False
+    num_listed, listed = -1, pages
     if HAS_LISTS:
         num_listed = tl.load(counts + tile * counts_tile + kv_head * counts_head)
         listed = indices + tile.to(tl.int64) * indices_tile + kv_head * indices_head
-    if diagonal_first is not None:
-        is_diagonal_first = tl.load(diagonal_first + tile) != 0
-    log_threshold = float("-inf")
-    if HAS_THRESHOLDS:
-        log_threshold = tl.load(log_thresholds + tile) * LOG2_E
     num_visits = last - first + 1
     if HAS_LISTS:
         num_visits = tl.where(num_listed >= 0, num_listed, num_visits)
@@ -179,11 +168,10 @@ def attend_tile(
     value_offsets = kv_head * value_head + slots[:, None] * value_slot + value_columns[None, :]
 
     # Online softmax ----------------------------------------------------------------------------
-    factor = scale * LOG2_E if SOFTCAP == 0.0 else 1.0  # of what _base_2_scores returns
+    factor = scale * LOG2_E if SOFTCAP == 0.0 else 1.0  # of what base_2_scores returns
     maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     denominator = tl.zeros([BLOCK], tl.float32)
     accumulator = tl.zeros([BLOCK, PADDED_VALUE_DIM], tl.float32)
-    num_skipped = 0
     for phase in tl.static_range(FIRST_PHASE, 3):
         # Steps count sub-tiles from the first block on. Steps between these two need no mask.
         edge_end = tl.maximum((all_see + SUB_TILE - 1) // SUB_TILE - first * PER_BLOCK, 0)
@@ -200,14 +188,12 @@ def attend_tile(
         # Looked up a step ahead, so that the loads of keys and values do not wait for it; not so
         # with lists, whose two lookups ahead are more than Triton 3.6 can pipeline.
         visit = start // PER_BLOCK
-        block = _block_at(visit, listed, num_listed, first, last, is_diagonal_first, HAS_LISTS)
+        block = _block_at(visit, listed, num_listed, first, HAS_LISTS)
         page = tl.load(page_row + tl.minimum(tl.maximum(block, first), last))
         for step in tl.range(start, stop, num_stages=STAGES, warp_specialize=WARP_SPECIALIZE):
             if HAS_LISTS:
                 visit = step // PER_BLOCK
-                block = _block_at(
-                    visit, listed, num_listed, first, last, is_diagonal_first, HAS_LISTS
-                )
+                block = _block_at(visit, listed, num_listed, first, HAS_LISTS)
                 page = tl.load(page_row + tl.minimum(tl.maximum(block, first), last))
             offset = step % PER_BLOCK * SUB_TILE
             begin = block * BLOCK + offset
@@ -216,7 +202,7 @@ def attend_tile(
             is_written = slots >= 0
             if phase != 1:
                 is_written = begin + slots < kv_len
-            key_tile = _load(
+            key_tile = load_tile(
                 keys,
                 page,
                 offset,
@@ -230,22 +216,21 @@ def attend_tile(
                 BLOCK,
                 USE_TMA,
             )
-            if EAGER_VALUES:
-                value_tile = _load(
-                    values,
-                    page,
-                    offset,
-                    value_page,
-                    value_slot,
-                    kv_head,
-                    value_offsets,
-                    value_columns < VALUE_DIM,
-                    is_written,
-                    VALUE_DIM,
-                    BLOCK,
-                    USE_TMA,
-                )
-            scores = _base_2_scores(rows_of_query, key_tile, scale, SOFTCAP)
+            value_tile = load_tile(
+                values,
+                page,
+                offset,
+                value_page,
+                value_slot,
+                kv_head,
+                value_offsets,
+                value_columns < VALUE_DIM,
+                is_written,
+                VALUE_DIM,
+                BLOCK,
+                USE_TMA,
+            )
+            scores = base_2_scores(rows_of_query, key_tile, scale, SOFTCAP)
             if phase != 1:
                 if (begin + SUB_TILE > position + 1) | (begin < all_see) | (not is_visible):
                     at = begin + slots
@@ -257,43 +242,19 @@ def attend_tile(
             shift = new_maximum
             if phase != 1:  # rows that saw no key yet
                 shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            is_kept = True
-            if HAS_THRESHOLDS:
-                is_high = (block_maximum - shift > log_threshold) & is_row
-                is_kept = tl.max(is_high.to(tl.int32), 0) > 0
-                num_skipped += (is_visible & (not is_kept)).to(tl.int32)
-            # Where a block is dropped, no row of it is a new maximum: the sums stay as they are.
-            if is_kept:
-                if not EAGER_VALUES:
-                    value_tile = _load(
-                        values,
-                        page,
-                        offset,
-                        value_page,
-                        value_slot,
-                        kv_head,
-                        value_offsets,
-                        value_columns < VALUE_DIM,
-                        is_written,
-                        VALUE_DIM,
-                        BLOCK,
-                        USE_TMA,
-                    )
-                weights = tl.exp2(scores * factor - shift[:, None])
-                rescale = tl.exp2(maximum - shift)
-                denominator = denominator * rescale + tl.sum(weights, 1)
-                accumulator = tl.dot(
-                    weights.to(value_tile.dtype),
-                    value_tile,
-                    accumulator * rescale[:, None],
-                    input_precision="ieee",
-                )
+            weights = tl.exp2(scores * factor - shift[:, None])
+            rescale = tl.exp2(maximum - shift)
+            denominator = denominator * rescale + tl.sum(weights, 1)
+            accumulator = tl.dot(
+                weights.to(value_tile.dtype),
+                value_tile,
+                accumulator * rescale[:, None],
+                input_precision="ieee",
+            )
             maximum = new_maximum
             if not HAS_LISTS:
                 visit = (step + 1) // PER_BLOCK
-                block = _block_at(
-                    visit, listed, num_listed, first, last, is_diagonal_first, HAS_LISTS
-                )
+                block = _block_at(visit, listed, num_listed, first, HAS_LISTS)
                 page = tl.load(page_row + tl.minimum(tl.maximum(block, first), last))
 
     # Results -----------------------------------------------------------------------------------
@@ -312,5 +273,3 @@ def attend_tile(
         mask=is_row[:, None] & (value_columns < VALUE_DIM)[None, :],
     )
     tl.store(lse + places, (maximum + tl.log2(denominator)) * LN_2, mask=is_row)
-    if HAS_THRESHOLDS:
-        tl.store(skipped + tile * NUM_HEADS + head, num_skipped)

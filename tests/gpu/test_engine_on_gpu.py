@@ -78,6 +78,7 @@ def test_a_mixed_batch_gives_each_request_what_it_gets_alone(on_gpu):
         assert tokens == alone, request
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_decode_step_does_not_wait_for_the_device(on_gpu):
     from service.engine.kv_cache import PageAllocator
     from service.engine.scheduler import Chunk

@@ -17,6 +17,8 @@ pytestmark = [
         importlib.util.find_spec("flash_attn") is None, reason="needs the library flash-attn-4"
     ),
     pytest.mark.timeout(300),
+    # The library and its compiler warn of themselves.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
 GEOMETRIES = {
     f"{heads} over {kv_heads} of {dim}": LayerGeometry(heads, kv_heads, dim, dim, scale=dim**-0.5)

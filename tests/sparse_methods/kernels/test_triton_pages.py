@@ -5,7 +5,7 @@ import torch
 
 from sparse_methods.kernels.operation import LayerGeometry, count_selected, visible_blocks
 from sparse_methods.kernels.triton_pages import clear_tails, physical_lists
-from tests.sparse_methods.kernels.cases import build, lists_of
+from tests.sparse_methods.kernels.cases import DEVICE, build, lists_of
 
 GEOMETRY = LayerGeometry(num_heads=6, num_kv_heads=2, head_dim=16, value_dim=16, scale=0.25)
 REQUESTS = [(0, 37), (32, 90), (19, 50)]  # the last one begins within of a block
@@ -52,7 +52,7 @@ def test_long_lists_are_translated_in_parts():
     lists = lists_of(inputs, lambda tile, head, visible: visible[tile % 2 :: 1 + tile % 3])
     inputs = type(inputs)(**{**vars(inputs), "lists": lists})
     [run] = inputs.tiles.runs
-    physical = physical_lists(inputs, run, torch.zeros(300, 6, 3, dtype=torch.int64))
+    physical = physical_lists(inputs, run, torch.zeros(300, 6, 3, dtype=torch.int64, device=DEVICE))
     row = inputs.page_table.pages[0]
     for tile in (0, 255, 256, 257, 299):
         listed = lists.indices[tile, 1, : int(lists.counts[tile, 1])].long()

@@ -8,6 +8,7 @@ import torch
 
 from sparse_methods.kernels import reference, triton_attention, triton_prefill
 from sparse_methods.kernels.operation import LayerGeometry, QueryTiles, visible_blocks
+from sparse_methods.kernels.triton_pages import clear_tails
 from sparse_methods.kernels.triton_prefill import PrefillConfig
 from sparse_methods.kernels.triton_workspace import Workspace
 from tests.sparse_methods.kernels.cases import DEVICE, build, cut, lists_of
@@ -165,23 +166,29 @@ THRESHOLD_CASES = {
 
 @pytest.mark.parametrize("geometry", THRESHOLD_CASES.values(), ids=THRESHOLD_CASES)
 @pytest.mark.parametrize("is_diagonal_first", [False, True])
-def test_blocks_below_the_threshold_are_skipped(geometry, is_diagonal_first):
+@pytest.mark.parametrize("in_pairs", [False, True])
+def test_blocks_below_the_threshold_are_skipped(geometry, is_diagonal_first, in_pairs):
     inputs = with_thresholds(geometry, [(0, 84), (70, 90)], [0.5, 0.02, 0.5, 0.0])
     if is_diagonal_first:  # of every third tile not: both orders in one launch
         order = torch.arange(len(inputs.tiles.tiles), device=DEVICE) % 3 != 2
         inputs = replace(inputs, diagonal_first=order)
     result = assert_matches(inputs)
     assert 0 < result.blocks[..., 2].sum() < result.blocks[..., 0].sum()
+    workspace = attend_with(inputs, PrefillConfig(in_pairs=in_pairs))
+    assert torch.equal(workspace.skipped, result.blocks[..., 2].int())
+    torch.testing.assert_close(workspace.output, result.output)
     assert (result.blocks[3::4, :, 2] == 0).all()  # a threshold of zero is off
 
 
-@pytest.mark.parametrize("is_eager", [False, True])
-def test_lists_and_thresholds_together(is_eager):
+@pytest.mark.parametrize("in_pairs", [False, True])
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_lists_and_thresholds_together(use_tma, in_pairs):
     inputs = with_thresholds(TWO_KV, [(0, 90)], [0.5])
     diagonal_first = torch.ones(len(inputs.tiles.tiles), dtype=torch.bool, device=DEVICE)
     lists = lists_of(inputs, lambda t, h, visible: [97, *visible[h:], *visible[:h], 99])
     inputs = replace(inputs, lists=lists, diagonal_first=diagonal_first)  # lists override
-    result = attend_with(inputs, PrefillConfig(sub_tile=16, eager_values=is_eager))
+    clear_tails(inputs)
+    result = attend_with(inputs, PrefillConfig(use_tma=use_tma, in_pairs=in_pairs))
     expected = assert_matches(inputs)
     assert torch.equal(result.skipped, expected.blocks[..., 2].int())
     torch.testing.assert_close(result.output, expected.output)
@@ -217,18 +224,6 @@ def test_every_configuration_computes_the_same(config, window, is_listed):
     expected = reference.attend(inputs)
     torch.testing.assert_close(result.output, expected.output, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(result.lse, expected.lse, atol=2e-5, rtol=2e-5)
-
-
-def test_a_threshold_refuses_to_decide_on_parts_of_a_block():
-    inputs = with_thresholds(PLAIN, [(0, 40)], [0.5])
-    with pytest.raises(ValueError, match="whole block"):
-        attend_with(build_like(inputs, 32), PrefillConfig(sub_tile=16))
-
-
-def build_like(inputs, block_size):
-    bigger = build(inputs.geometry, [(0, 40)], block_size)
-    count = len(bigger.tiles.tiles)
-    return replace(bigger, log_thresholds=inputs.log_thresholds[:count])
 
 
 def test_a_tile_of_a_batch_equals_the_tile_alone():
