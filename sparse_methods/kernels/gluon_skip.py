@@ -1,0 +1,85 @@
+"""The attention operation for prompt tiles with a threshold, on Hopper, of the common shapes.
+
+``triton_prefill`` computes the same for every other device and shape.
+"""
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sparse_methods.kernels.gluon_skip_kernels import attend_tile_with_threshold
+from sparse_methods.kernels.operation import AttentionInputs
+from sparse_methods.kernels.triton_pages import clear_tails
+from sparse_methods.kernels.triton_workspace import Workspace
+
+_HEAD_DIMS = (64, 128)
+_BLOCK = 128
+_WARPS = 8  # 16 rows each: scores and output then fit into registers
+_STAGES = 3  # blocks of keys that are on their way or in use
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def serves(inputs: AttentionInputs) -> bool:
+    """Whether the kernel computes tiles of this shape."""
+    geometry = inputs.geometry
+    return (
+        geometry.is_plain
+        and geometry.head_dim == geometry.value_dim
+        and geometry.head_dim in _HEAD_DIMS
+        and inputs.tiles.block_size == _BLOCK
+        and inputs.query.dtype in _DTYPES
+    )
+
+
+def attend(
+    inputs: AttentionInputs,
+    indices: torch.Tensor,
+    heads_at_once: int,
+    workspace: Workspace,
+) -> None:
+    """Compute the tiles named by ``indices`` into ``workspace``; see ``triton_prefill.prefill``.
+
+    Args:
+        inputs: Has thresholds.
+        indices: [n] int32 tile indices, on the device, the longest tiles first.
+        heads_at_once: Query heads whose programs run side by side.
+        workspace: Receives output, lse and skipped of the tiles.
+    """
+    clear_tails(inputs)  # what nobody wrote has a weight of 0, and 0 * inf is not 0
+    geometry, tiles, query, lists = inputs.geometry, inputs.tiles, inputs.query, inputs.lists
+    attend_tile_with_threshold[(len(indices) * geometry.num_heads,)](
+        query,
+        _descriptor(inputs.keys),
+        _descriptor(inputs.values),
+        workspace.output,
+        workspace.lse,
+        workspace.skipped,
+        tiles.table,
+        indices,
+        inputs.page_table.pages,
+        None if lists is None else lists.indices,
+        None if lists is None else lists.counts,
+        inputs.log_thresholds,
+        inputs.diagonal_first,
+        *query.stride()[:2],
+        inputs.page_table.pages.stride(0),
+        *((0, 0) if lists is None else lists.indices.stride()[:2]),
+        *((0, 0) if lists is None else lists.counts.stride()),
+        len(indices),
+        heads_at_once,
+        geometry.scale,
+        NUM_HEADS=geometry.num_heads,
+        GROUP=geometry.group_size,
+        DIM=geometry.head_dim,
+        BLOCK=_BLOCK,
+        STAGES=_STAGES,
+        WARPS=_WARPS,
+        num_warps=_WARPS,
+    )
+
+
+def _descriptor(cache: torch.Tensor) -> TensorDescriptor:
+    """[P * block_size, Hkv * D] view of a cache, read a block of one head at a time."""
+    shape = [_BLOCK, cache.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, _DTYPES[cache.dtype])
+    return TensorDescriptor.from_tensor(cache.flatten(2).flatten(0, 1), shape, layout)

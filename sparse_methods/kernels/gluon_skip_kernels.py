@@ -1,0 +1,199 @@
+"""Prompt tiles with a threshold on Hopper, in Gluon: scores of the next block while one is judged.
+
+The tensor cores compute the next block's scores while the other units find the maximum of this
+one, vote on it and, if it is kept, weigh it. Keys come by the tensor memory accelerator, several
+blocks ahead; values of a block only once it is kept, hidden behind its exponentials.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def _block_at(
+    visit, num_visits, listed, num_listed, last, is_diagonal_first, HAS_LISTS: gl.constexpr
+):
+    """Logical block of a visit; -1 behind the end."""
+    block = visit
+    block = gl.where(is_diagonal_first, gl.where(visit == 0, last, visit - 1), block)
+    if HAS_LISTS:
+        entry = gl.load(listed + visit, mask=visit < num_listed, other=-1)
+        block = gl.where(num_listed >= 0, entry, block)
+    return gl.where((visit < num_visits) & (block <= last), block, -1)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "pages_request",
+        "indices_tile",
+        "indices_head",
+        "counts_tile",
+        "counts_head",
+        "num_tiles",
+        "heads_at_once",
+    ]
+)
+def attend_tile_with_threshold(
+    query, keys, values, output, lse, skipped, table, order, pages, indices, counts,
+    log_thresholds, diagonal_first,
+    query_row, query_head,
+    pages_request, indices_tile, indices_head, counts_tile, counts_head,
+    num_tiles, heads_at_once, scale,
+    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """One tile of one query head; keys and values are descriptors of [P * BLOCK, Hkv * DIM]."""
+    LOG2_E: gl.constexpr = 1.4426950408889634
+    LN_2: gl.constexpr = 0.6931471805599453
+    HAS_LISTS: gl.constexpr = indices is not None
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DIM, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [WARPS, 1], [1, 0])
+
+    # Which tile, which head --------------------------------------------------------------------
+    program = gl.program_id(0)
+    per_section = num_tiles * heads_at_once
+    within = program % per_section
+    head = program // per_section * heads_at_once + within % heads_at_once
+    kv_head = head // GROUP
+    tile = gl.load(order + within // heads_at_once)
+    first_row = gl.load(table + tile * 4).to(gl.int64)
+    num_rows = gl.load(table + tile * 4 + 1)
+    position = gl.load(table + tile * 4 + 2)
+    request = gl.load(table + tile * 4 + 3)
+    page_row = pages + request * pages_request
+    last = (position + num_rows - 1) // BLOCK
+    num_listed, listed, is_diagonal_first = -1, pages, False
+    num_visits = last + 1
+    if HAS_LISTS:
+        num_listed = gl.load(counts + tile * counts_tile + kv_head * counts_head)
+        listed = indices + tile.to(gl.int64) * indices_tile + kv_head * indices_head
+        num_visits = gl.where(num_listed >= 0, num_listed, num_visits)
+    if diagonal_first is not None:
+        is_diagonal_first = gl.load(diagonal_first + tile) != 0
+    log_threshold = gl.load(log_thresholds + tile) * LOG2_E
+
+    # Queries, and the first keys ---------------------------------------------------------------
+    loaded_rows = gl.arange(0, BLOCK, gl.SliceLayout(1, LOADED))
+    loaded_columns = gl.arange(0, DIM, gl.SliceLayout(0, LOADED))
+    offsets = (first_row + loaded_rows)[:, None] * query_row + head * query_head
+    rows_of_query = gl.load(
+        query + offsets + loaded_columns[None, :], mask=(loaded_rows < num_rows)[:, None], other=0.0
+    )
+    query_tile = gl.allocate_shared_memory(keys.dtype, [BLOCK, DIM], keys.layout)
+    key_tiles = gl.allocate_shared_memory(keys.dtype, [STAGES, BLOCK, DIM], keys.layout)
+    value_tile = gl.allocate_shared_memory(values.dtype, [BLOCK, DIM], values.layout)
+    arrived = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES + 1):
+        mbarrier.init(arrived.index(stage), count=1)
+    query_tile.store(rows_of_query)
+    fence_async_shared()
+    for stage in gl.static_range(STAGES):
+        block = _block_at(stage, num_visits, listed, num_listed, last, is_diagonal_first, HAS_LISTS)
+        page = gl.load(page_row + gl.maximum(block, 0))
+        mbarrier.expect(arrived.index(stage), keys.block_type.nbytes, pred=stage < num_visits)
+        tma.async_copy_global_to_shared(
+            keys, [(page * BLOCK).to(gl.int32), kv_head * DIM], arrived.index(stage),
+            key_tiles.index(stage), pred=stage < num_visits,
+        )  # fmt: skip
+    ahead = _block_at(STAGES, num_visits, listed, num_listed, last, is_diagonal_first, HAS_LISTS)
+    page_ahead = gl.load(page_row + gl.maximum(ahead, 0))
+
+    # Online softmax ----------------------------------------------------------------------------
+    rows = gl.arange(0, BLOCK, ROWS)
+    slots = gl.arange(0, BLOCK, gl.SliceLayout(0, SCORES))
+    is_row = rows < num_rows
+    last_seen = position + gl.minimum(rows, num_rows - 1)
+    factor = scale * LOG2_E
+    maximum = gl.full([BLOCK], float("-inf"), gl.float32, ROWS)
+    denominator = gl.full([BLOCK], 0.0, gl.float32, ROWS)
+    accumulator = gl.zeros([BLOCK, DIM], gl.float32, OUTPUT)
+    no_scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
+    num_skipped = 0
+    num_kept = 0
+    mbarrier.wait(arrived.index(0), 0)
+    token = warpgroup_mma(
+        query_tile, key_tiles.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True
+    )
+    scores = warpgroup_mma_wait(0, deps=(token,))
+    for visit in range(num_visits):
+        following = visit + 1
+        mbarrier.wait(
+            arrived.index(following % STAGES), (following // STAGES) & 1,
+            pred=following < num_visits,
+        )  # fmt: skip
+        # Behind the last visit these are the scores of old keys, which nobody looks at.
+        token = warpgroup_mma(
+            query_tile, key_tiles.index(following % STAGES).permute((1, 0)), no_scores,
+            use_acc=False, is_async=True,
+        )  # fmt: skip
+        block = _block_at(visit, num_visits, listed, num_listed, last, is_diagonal_first, HAS_LISTS)
+        if (block == last) | (block < 0):
+            at = block * BLOCK + slots
+            is_seen = (at[None, :] <= last_seen[:, None]) & (block >= 0)
+            scores = gl.where(is_seen, scores, float("-inf"))
+        highest = gl.max(scores, 1) * factor
+        new_maximum = gl.maximum(maximum, highest)
+        shift = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # rows without a key yet
+        is_high = (highest - shift > log_threshold) & is_row
+        is_kept = gl.max(is_high.to(gl.int32), 0) > 0
+        # Everybody voted, so everybody has read this visit's keys: their place is free.
+        beyond = visit + STAGES
+        mbarrier.expect(
+            arrived.index(visit % STAGES), keys.block_type.nbytes, pred=beyond < num_visits
+        )
+        tma.async_copy_global_to_shared(
+            keys, [(page_ahead * BLOCK).to(gl.int32), kv_head * DIM],
+            arrived.index(visit % STAGES), key_tiles.index(visit % STAGES),
+            pred=beyond < num_visits,
+        )  # fmt: skip
+        ahead = _block_at(
+            beyond + 1, num_visits, listed, num_listed, last, is_diagonal_first, HAS_LISTS
+        )
+        page_ahead = gl.load(page_row + gl.maximum(ahead, 0))
+        # Where a block is dropped, no row of it is a new maximum: the sums stay as they are.
+        if is_kept:
+            page = gl.load(page_row + gl.maximum(block, 0))
+            mbarrier.expect(arrived.index(STAGES), values.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                values, [(page * BLOCK).to(gl.int32), kv_head * DIM], arrived.index(STAGES),
+                value_tile,
+            )  # fmt: skip
+            weights = gl.exp2(scores * factor - shift[:, None])
+            rescale = gl.exp2(maximum - shift)
+            denominator = denominator * rescale + gl.sum(weights, 1)
+            accumulator *= gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
+            operand = gl.convert_layout(weights.to(values.dtype), WEIGHTS)
+            mbarrier.wait(arrived.index(STAGES), num_kept & 1)
+            accumulator = warpgroup_mma(operand, value_tile, accumulator, is_async=False)
+            num_kept += 1
+        else:
+            num_skipped += (block >= 0).to(gl.int32)
+        maximum = new_maximum
+        scores = warpgroup_mma_wait(0, deps=(token,))
+
+    # Results -----------------------------------------------------------------------------------
+    for stage in gl.static_range(STAGES + 1):
+        mbarrier.invalidate(arrived.index(stage))
+    divisor = gl.convert_layout(denominator, gl.SliceLayout(1, OUTPUT))
+    result = accumulator / divisor[:, None]
+    out_rows = gl.arange(0, BLOCK, gl.SliceLayout(1, OUTPUT))
+    columns = gl.arange(0, DIM, gl.SliceLayout(0, OUTPUT))
+    places = (first_row + out_rows) * NUM_HEADS + head
+    gl.store(
+        output + places[:, None] * DIM + columns[None, :],
+        result.to(output.dtype.element_ty),
+        mask=(out_rows < num_rows)[:, None],
+    )
+    places = (first_row + rows) * NUM_HEADS + head
+    gl.store(lse + places, (maximum + gl.log2(denominator)) * LN_2, mask=is_row)
+    gl.store(skipped + tile * NUM_HEADS + head, num_skipped)

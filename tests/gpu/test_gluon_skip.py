@@ -1,0 +1,92 @@
+"""The kernel for thresholds on Hopper against the eager reference."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparse_methods.kernels import reference
+from sparse_methods.kernels.operation import LayerGeometry
+from tests.sparse_methods.kernels.cases import build, lists_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+        reason="needs a Hopper device",
+    ),
+    pytest.mark.timeout(300),
+]
+GEOMETRIES = {
+    f"{heads} over {kv_heads} of {dim}": LayerGeometry(heads, kv_heads, dim, dim, scale=dim**-0.5)
+    for heads, kv_heads, dim in [(8, 2, 128), (4, 4, 64), (3, 1, 128)]
+}
+REQUESTS = {
+    "one prompt": [(0, 1300)],
+    "a later chunk": [(1024, 2000)],
+    "several": [(0, 700), (512, 1100), (0, 90), (19, 800)],
+}
+
+
+def with_thresholds(geometry, requests, dtype, is_diagonal_first):
+    """Every second page is faint; thresholds cycle, one of them is off."""
+    inputs = build(geometry, requests, 128, dtype)
+    inputs.keys[::2] *= 0.05
+    count = len(inputs.tiles.tiles)
+    logs = [math.log(0.3), math.log(0.01), -math.inf, math.log(0.7)]
+    cycled = torch.tensor((logs * count)[:count], device="cuda")
+    order = torch.arange(count, device="cuda") % 3 != 2
+    inputs = replace(inputs, query=inputs.query * 4.0, log_thresholds=cycled)
+    return replace(inputs, diagonal_first=order) if is_diagonal_first else inputs
+
+
+def check(inputs):
+    from sparse_methods.kernels import gluon_skip, triton_attention
+
+    assert gluon_skip.serves(inputs)
+    in_float32 = replace(
+        inputs,
+        query=inputs.query.float(),
+        keys=inputs.keys.float(),
+        values=inputs.values.nan_to_num(0.0).float(),
+    )
+    expected = reference.attend(in_float32)
+    result = triton_attention.attend(inputs)
+    torch.testing.assert_close(result.output.float(), expected.output, atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(result.lse, expected.lse, atol=2e-2, rtol=2e-2)
+    # Scores of 16-bit products may fall on the other side of a threshold, very rarely.
+    assert torch.equal(result.blocks[..., :2], expected.blocks[..., :2])
+    assert (result.blocks[..., 2] != expected.blocks[..., 2]).float().mean() < 0.02
+    assert 0 < result.blocks[..., 2].sum() < result.blocks[..., 1].sum()
+
+
+@pytest.mark.parametrize("is_diagonal_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("requests", REQUESTS.values(), ids=REQUESTS)
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_thresholds(geometry, requests, dtype, is_diagonal_first):
+    check(with_thresholds(geometry, requests, dtype, is_diagonal_first))
+
+
+@pytest.mark.parametrize("requests", REQUESTS.values(), ids=REQUESTS)
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_thresholds_and_lists(geometry, requests):
+    inputs = with_thresholds(geometry, requests, torch.bfloat16, is_diagonal_first=True)
+
+    def choose(tile, head, visible):
+        return None if tile == 2 else sorted({visible[0], *visible[head % 2 :: 2], visible[-1]})
+
+    check(replace(inputs, lists=lists_of(inputs, choose)))
+
+
+def test_a_tile_does_not_depend_on_what_runs_beside_it():
+    from sparse_methods.kernels import triton_attention
+
+    inputs = with_thresholds(
+        GEOMETRIES["8 over 2 of 128"], [(0, 1300)], torch.bfloat16, is_diagonal_first=True
+    )
+    results = [triton_attention.attend(inputs) for _ in range(3)]
+    for other in results[1:]:
+        assert torch.equal(other.output, results[0].output)
+        assert torch.equal(other.blocks, results[0].blocks)
