@@ -28,7 +28,7 @@ from sparse_methods.kernels.operation import (
     TileRun,
     count_selected,
 )
-from sparse_methods.kernels.triton_pages import clear_tails, physical_lists
+from sparse_methods.kernels.physical_pages import clear_tails, physical_lists
 from sparse_methods.kernels.triton_workspace import Workspace
 
 _BLOCK = 128  # keys of a tile of the library, which must be a page

@@ -72,14 +72,13 @@ def attend_tile_with_threshold(
     request = gl.load(table + tile * 4 + 3)
     page_row = pages + request * pages_request
     last = (position + num_rows - 1) // BLOCK
-    num_listed, listed, is_diagonal_first = -1, pages, False
+    num_listed, listed = -1, pages
     num_visits = last + 1
     if HAS_LISTS:
         num_listed = gl.load(counts + tile * counts_tile + kv_head * counts_head)
         listed = indices + tile.to(gl.int64) * indices_tile + kv_head * indices_head
         num_visits = gl.where(num_listed >= 0, num_listed, num_visits)
-    if diagonal_first is not None:
-        is_diagonal_first = gl.load(diagonal_first + tile) != 0
+    is_diagonal_first = gl.load(diagonal_first + tile) != 0
     log_threshold = gl.load(log_thresholds + tile) * LOG2_E
 
     # Queries, and the first keys ---------------------------------------------------------------

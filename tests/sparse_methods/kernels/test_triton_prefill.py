@@ -8,7 +8,7 @@ import torch
 
 from sparse_methods.kernels import reference, triton_attention, triton_prefill
 from sparse_methods.kernels.operation import LayerGeometry, QueryTiles, visible_blocks
-from sparse_methods.kernels.triton_pages import clear_tails
+from sparse_methods.kernels.physical_pages import clear_tails
 from sparse_methods.kernels.triton_prefill import PrefillConfig
 from sparse_methods.kernels.triton_workspace import Workspace
 from tests.sparse_methods.kernels.cases import DEVICE, build, cut, lists_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_methods.kernels.operation import LayerGeometry, count_selected, visible_blocks
-from sparse_methods.kernels.triton_pages import clear_tails, physical_lists
+from sparse_methods.kernels.physical_pages import clear_tails, physical_lists
 from tests.sparse_methods.kernels.cases import DEVICE, build, lists_of
 
 GEOMETRY = LayerGeometry(num_heads=6, num_kv_heads=2, head_dim=16, value_dim=16, scale=0.25)
