@@ -92,7 +92,8 @@ class PredictiveSkip(BlockMethod):
             estimates = estimates.unflatten(1, (-1, *probes[:, :, slab].shape[2:4]))
             slab_kept = self._keep(estimates, exact[:, :, slab], view.tile_blocks[slab]).any(1)
             kept.append(functional.pad(slab_kept, (0, view.num_blocks - num_blocks)))
-        return _in_visiting_order(torch.cat(kept, 1), view.tile_blocks)
+        # As the kernel with a threshold visits them: the tile's own, the first, the rest in order.
+        return BlockSelection.in_order(torch.cat(kept, 1), view.tile_blocks)
 
     @override
     def keep_from_scores(self, tiles: ScoreTiles) -> torch.Tensor:
@@ -197,13 +198,3 @@ def _score_in_full(view: PrefillView, probes: torch.Tensor, rows: torch.Tensor) 
         .amax(-1),
     )
     return (highest * view.scale).transpose(1, 2)
-
-
-def _in_visiting_order(is_kept: torch.Tensor, tile_blocks: torch.Tensor) -> BlockSelection:
-    """Lists of the kept blocks [Hkv, N, M]: the tile's own, the first, the rest ascending."""
-    num_blocks = is_kept.shape[-1]
-    blocks = torch.arange(num_blocks, device=is_kept.device)
-    rank = torch.where(is_kept, blocks, num_blocks)
-    rank = rank.masked_fill(blocks == tile_blocks[:, None], -1).transpose(0, 1)
-    indices = rank.argsort(dim=-1, stable=True).to(torch.int32)
-    return BlockSelection(indices, is_kept.sum(-1, dtype=torch.int32).T.contiguous())
