@@ -90,7 +90,7 @@ def row_of(num_columns: int) -> dict[str, Any]:
     return {
         "num_columns": num_columns,
         "BLOCK": block,
-        "num_warps": min(8, max(1, block // 256)),
+        "num_warps": min(16, max(1, block // 256)),
     }
 
 

@@ -1,5 +1,7 @@
 """The kernels of probed rows against the eager rule of ``predictive_skip``."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def _eager(monkeypatch):
     monkeypatch.setattr(selection, "has_kernels", lambda tensor: False)
 
 
-def arguments(case, method):
+def arguments(case, method) -> tuple[Any, Any, Any, Any]:
     """The view, its probes, the means of groups and exact scores."""
     num_tokens, heads, kv_heads, head_dim, block_size, start, dtype = CASES[case]
     generator = torch.Generator().manual_seed(0)
