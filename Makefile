@@ -31,6 +31,7 @@ gpu:  ## tests and short benchmarks on a CUDA device, with the packages that PYT
 	PYTHONPATH=. $(PYTHON) -m pytest -q tests/sparse_methods/kernels
 	PYTHONPATH=. $(PYTHON) -m benchmarks.kernels --quick
 	PYTHONPATH=. $(PYTHON) -m benchmarks.decode --quick
+	PYTHONPATH=. $(PYTHON) -m benchmarks.selection --quick
 	PYTHONPATH=. $(PYTHON) -m benchmarks.llama --longest 32768 $(ARGS)
 
 clean:  ## remove the environment and every cache

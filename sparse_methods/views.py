@@ -120,12 +120,26 @@ class PrefillView:
         """[Hkv, M, D] float32, mean key of each block; needs summaries."""
         if self.summaries is None:
             raise ValueError("the method does not declare that it uses summaries")
+        if _has_kernels(self.query):
+            from sparse_methods.kernels import triton_means
+
+            return triton_means.block_means(self, self.summaries)
         starts = torch.arange(self.num_blocks, device=self.query.device) * self.block_size
         counts = (self.kv_len - starts).clamp(max=self.block_size)
         totals, num_last = self.summaries.total[self.pages], self.kv_len % self.block_size
         if num_last:  # a request that starts over may have generated keys in this page's summary
             totals[-1:] = self.keys[self.pages[-1:], :num_last].sum(1, dtype=torch.float32)
         return (totals / counts[:, None, None]).transpose(0, 1)
+
+    def tile_means(self) -> torch.Tensor:
+        """[Hkv, G, N, D] float32, mean of each tile's rows."""
+        if _has_kernels(self.query):
+            from sparse_methods.kernels import triton_means
+
+            return triton_means.tile_means(self)
+        tiles = torch.arange(self.num_tiles, device=self.query.device)
+        counts = (self.num_rows - tiles * self.block_size).clamp(max=self.block_size)
+        return self.query_tiles().sum(3, dtype=torch.float32) / counts[:, None]
 
 
 @dataclass(frozen=True)
@@ -190,6 +204,12 @@ class DecodeView:
         return groups
 
 
+def _has_kernels(tensor: torch.Tensor) -> bool:
+    from sparse_methods.kernels import selection  # which knows the views
+
+    return selection.has_kernels(tensor)
+
+
 @dataclass(frozen=True)
 class ThresholdView:
     """What a method may look at when it sets a layer's thresholds while a step runs.
@@ -226,7 +246,14 @@ class BlockSelection:
     @classmethod
     def of(cls, is_kept: torch.Tensor) -> "BlockSelection":
         """The selection that a table [Hkv, N, M] bool means, ascending."""
-        return cls(*_listed(is_kept.transpose(0, 1)))
+        return cls.in_order(is_kept, None)
+
+    @classmethod
+    def in_order(cls, is_kept: torch.Tensor, leading: torch.Tensor | None) -> "BlockSelection":
+        """The same, but each tile visits its block of ``leading`` [N] int64, a kept one, first."""
+        from sparse_methods.kernels.selection import list_kept  # which knows the views
+
+        return cls(*list_kept(is_kept.transpose(0, 1), leading))
 
 
 @dataclass(frozen=True)
@@ -244,10 +271,6 @@ class PageSelection:
     @classmethod
     def of(cls, is_kept: torch.Tensor) -> "PageSelection":
         """The selection that a table [R, Hkv, M] bool means, ascending."""
-        return cls(*_listed(is_kept))
+        from sparse_methods.kernels.selection import list_kept
 
-
-def _listed(is_kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ascending [..., M] int32 numbers of the kept, then the others; and [...] int32 how many."""
-    order = (~is_kept).to(torch.uint8).argsort(dim=-1, stable=True)
-    return order.to(torch.int32), is_kept.sum(-1, dtype=torch.int32)
+        return cls(*list_kept(is_kept))

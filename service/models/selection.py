@@ -46,8 +46,8 @@ class DecodeGroup:
     """Single rows of one method.
 
     Attributes:
-        tiles: [n] int64, their places in the batch's tiles.
-        rows: [n] int64, their rows in the packed batch.
+        tiles: [n] int64, their places in the batch's tiles, ascending.
+        rows: [n] int64, their rows in the packed batch, ascending.
         kv_lens: [n] int32, keys visible to each row.
         prompt_lens: [n] int32, tokens of each row's prompt.
         pages: [n, M] int64, physical pages of each row's request.
@@ -116,18 +116,41 @@ def select(
             answers.append((group, selection))
     if not answers:
         return None
-    num_kv_heads, device = layer.geometry.num_kv_heads, query.device
+    if len(answers) == 1 and answers[0][1].counts.shape[0] == num_tiles:
+        return _only(*answers[0])
+    return _merged(answers, num_tiles)
+
+
+def _only(
+    group: PrefillGroup | DecodeGroup, selection: BlockSelection | PageSelection
+) -> BlockLists:
+    """What one method decided for all tiles; whose count is -1, nobody reads the list of."""
+    counts = selection.counts
+    if isinstance(group, DecodeGroup) and group.members is not None:
+        counts = counts.masked_fill(~group.members[:, None], -1)
+    return BlockLists(selection.indices.contiguous(), counts.contiguous())
+
+
+def _merged(
+    answers: Sequence[tuple[PrefillGroup | DecodeGroup, BlockSelection | PageSelection]],
+    num_tiles: int,
+) -> BlockLists:
+    """Lists as wide as the widest, of tiles that several groups share."""
+    num_kv_heads, device = answers[0][1].counts.shape[1], answers[0][1].counts.device
     capacity = max(selection.indices.shape[2] for _, selection in answers)
     indices = torch.zeros(num_tiles, num_kv_heads, capacity, dtype=torch.int32, device=device)
     counts = torch.full((num_tiles, num_kv_heads), -1, dtype=torch.int32, device=device)
     for group, selection in answers:
         listed, count, width = selection.indices, selection.counts, selection.indices.shape[2]
+        places: slice | torch.Tensor = group.tiles
+        if count.shape[0] == num_tiles:
+            places = slice(None)  # of ascending ones: all of them, without a copy
         if isinstance(group, DecodeGroup) and group.members is not None:
             members = group.members[:, None]
-            listed = torch.where(members[..., None], listed, indices[group.tiles, :, :width])
-            count = torch.where(members, count, counts[group.tiles])
-        indices[group.tiles, :, :width] = listed
-        counts[group.tiles] = count
+            listed = torch.where(members[..., None], listed, indices[places, :, :width])
+            count = torch.where(members, count, counts[places])
+        indices[places, :, :width] = listed
+        counts[places] = count
     return BlockLists(indices, counts)
 
 
@@ -192,7 +215,7 @@ def _ask_decode(layer: Layer, query: torch.Tensor, group: DecodeGroup) -> PageSe
         scores = functional.pad(scores, (0, num_pages - scores.shape[2]))
     return group.method.select_decode(
         DecodeView(
-            query=query[group.rows],
+            query=query if len(group.rows) == len(query) else query[group.rows],
             keys=layer.keys,
             pages=group.pages,
             kv_lens=group.kv_lens,

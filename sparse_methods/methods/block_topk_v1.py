@@ -18,6 +18,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from sparse_methods.block_method import BlockKnobs, BlockMethod, ScoreTiles
+from sparse_methods.kernels.selection import group_shares, largest
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
 
@@ -54,7 +55,7 @@ class BlockTopK(BlockMethod):
 
     @override
     def select_prefill(self, view: PrefillView) -> BlockSelection:
-        scores = _mean_queries(view) @ view.block_means()[:, None].mT * view.scale
+        scores = view.tile_means() @ view.block_means()[:, None].mT * view.scale
         return BlockSelection.of(self._keep(scores, view.tile_blocks))
 
     @override
@@ -76,24 +77,7 @@ class BlockTopK(BlockMethod):
             [..., N, M] bool.
         """
         blocks, own = torch.arange(scores.shape[-1], device=scores.device), tile_blocks[:, None]
-        is_forced = (blocks == 0) | ((blocks >= own - 1) & (blocks <= own))
-        is_choice = (blocks <= own) & ~is_forced
-        scores = scores.masked_fill(~is_choice, float("-inf"))
-        highest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-        weights = (scores - highest).exp()
-        # Zeros after a running sum leave it as it is to the last bit: chunks decide alike.
-        total = weights.cumsum(-1)[..., -1:].clamp(min=1.0)
-        shares = (weights / total).sum(-3).masked_fill(~is_choice, -1.0)
-        shares = shares.masked_fill(is_forced, float("inf"))
-        order = shares.argsort(dim=-1, descending=True, stable=True)
+        shares = group_shares(scores, tile_blocks, first=1, recent=2)  # inf of these
         budget = ((own + 1) * self.knobs.keep_ratio).ceil().clamp(min=self.knobs.min_blocks)
-        is_within = (blocks < budget).expand_as(order)
-        is_best = torch.zeros_like(is_within).scatter(-1, order, is_within)
-        return is_best & (blocks <= own) | is_forced
-
-
-def _mean_queries(view: PrefillView) -> torch.Tensor:
-    """[Hkv, G, N, D] float32 mean of each tile's rows."""
-    tiles = torch.arange(view.num_tiles, device=view.query.device)
-    counts = (view.num_rows - tiles * view.block_size).clamp(max=view.block_size)
-    return view.query_tiles().sum(3, dtype=torch.float32) / counts[:, None]
+        is_forced = (blocks == 0) | (blocks >= own - 1)
+        return (largest(shares, budget) | is_forced) & (blocks <= own)

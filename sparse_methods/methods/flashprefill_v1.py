@@ -24,6 +24,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from sparse_methods.block_method import BlockKnobs, BlockMethod, ScoreTiles
+from sparse_methods.kernels import selection
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
 
@@ -70,13 +71,7 @@ class FlashPrefill(BlockMethod):
 
     @override
     def select_prefill(self, view: PrefillView) -> BlockSelection:
-        means, tiles = view.block_means(), view.query_tiles()
-        scores = []
-        for start in range(0, view.num_tiles, _SLAB_TILES):
-            slab = tiles[:, :, start : start + _SLAB_TILES]
-            score = _share(_mean_scores(view, slab, means, start)).sum(1)
-            scores.append(functional.pad(score, (0, view.num_blocks - score.shape[-1])))
-        return BlockSelection.of(self._keep(torch.cat(scores, 1), view.tile_blocks))
+        return BlockSelection.of(self._keep(_shares(view, view.block_means()), view.tile_blocks))
 
     @override
     def keep_from_scores(self, tiles: ScoreTiles) -> torch.Tensor:
@@ -101,6 +96,21 @@ class FlashPrefill(BlockMethod):
         is_forced = (blocks < self.knobs.sink_blocks) | (blocks > own - self.knobs.window_blocks)
         is_near_best = scores >= self.knobs.alpha * scores.amax(-1, keepdim=True)
         return (is_near_best | is_forced) & (blocks <= own)
+
+
+def _shares(view: PrefillView, means: torch.Tensor) -> torch.Tensor:
+    """[Hkv, N, M] float32 sum of the shares of a group's heads, from mean keys [Hkv, M, D]."""
+    if selection.has_kernels(view.query):
+        from sparse_methods.kernels import triton_estimates
+
+        if triton_estimates.can_share_by_mean_keys(view):
+            return triton_estimates.mean_key_shares(view, means)
+    tiles, shares = view.query_tiles(), []
+    for start in range(0, view.num_tiles, _SLAB_TILES):
+        slab = tiles[:, :, start : start + _SLAB_TILES]
+        share = _share(_mean_scores(view, slab, means, start)).sum(1)
+        shares.append(functional.pad(share, (0, view.num_blocks - share.shape[-1])))
+    return torch.cat(shares, 1)
 
 
 def _mean_scores(

@@ -34,6 +34,7 @@ from sparse_methods.block_method import (
     float32_products,
 )
 from sparse_methods.errors import UnsupportedError
+from sparse_methods.kernels import selection
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
 
@@ -80,6 +81,35 @@ class PredictiveSkip(BlockMethod):
         rows = self._probed_rows(view.num_tiles, view.block_size, (0, view.num_rows), view.query)
         probes = view.query[rows].unflatten(2, (view.num_kv_heads, -1)).permute(2, 3, 0, 1, 4)
         exact = _score_in_full(view, probes, rows)
+        # As the kernel with a threshold visits them: the tile's own, the first, the rest in order.
+        is_kept = self._kept_in_triton(view, probes, groups, exact)
+        if is_kept is None:
+            is_kept = self._kept(view, probes, groups, exact)
+        return BlockSelection.in_order(is_kept, view.tile_blocks)
+
+    def _kept_in_triton(
+        self, view: PrefillView, probes: torch.Tensor, groups: torch.Tensor, exact: torch.Tensor
+    ) -> torch.Tensor | None:
+        """``_kept`` where kernels can say; else None."""
+        if not selection.has_kernels(view.query):
+            return None
+        from sparse_methods.kernels import triton_probes
+
+        if not triton_probes.can_probe(groups, self.knobs.probe_keys):
+            return None
+        return triton_probes.near_largest(view, probes, groups, exact, self._reach)
+
+    def _kept(
+        self, view: PrefillView, probes: torch.Tensor, groups: torch.Tensor, exact: torch.Tensor
+    ) -> torch.Tensor:
+        """[Hkv, N, M] bool, blocks that any head of the group keeps.
+
+        Args:
+            view: What is selected.
+            probes: [Hkv, G, N, r, D] the probed rows.
+            groups: [Hkv, M * probe_keys, D] means of groups of keys.
+            exact: [Hkv, G, N, r] float32, as in ``_keep``.
+        """
         per_tile = probes.shape[0] * probes.shape[1] * probes.shape[3] * groups.shape[1]
         step = max(1, _MAX_ESTIMATES // per_tile)
         kept = []
@@ -92,7 +122,7 @@ class PredictiveSkip(BlockMethod):
             estimates = estimates.unflatten(1, (-1, *probes[:, :, slab].shape[2:4]))
             slab_kept = self._keep(estimates, exact[:, :, slab], view.tile_blocks[slab]).any(1)
             kept.append(functional.pad(slab_kept, (0, view.num_blocks - num_blocks)))
-        return _in_visiting_order(torch.cat(kept, 1), view.tile_blocks)
+        return torch.cat(kept, 1)
 
     @override
     def keep_from_scores(self, tiles: ScoreTiles) -> torch.Tensor:
@@ -124,8 +154,12 @@ class PredictiveSkip(BlockMethod):
         is_estimated = (blocks < tile_blocks[:, None]) & ~is_forced
         estimates = estimates.masked_fill(~is_estimated[:, None], float("-inf"))
         highest = torch.maximum(estimates.amax(-1), exact)
-        reach = math.log(self.knobs.threshold) - self.knobs.margin
-        return (estimates > highest[..., None] + reach).any(-2) | is_forced
+        return (estimates > highest[..., None] + self._reach).any(-2) | is_forced
+
+    @property
+    def _reach(self) -> float:
+        """What an estimate may lie above the largest of all (below, as it is negative), nats."""
+        return math.log(self.knobs.threshold) - self.knobs.margin
 
     def _probed_rows(
         self, num_tiles: int, size: int, bounds: tuple[int, int], like: torch.Tensor
@@ -197,13 +231,3 @@ def _score_in_full(view: PrefillView, probes: torch.Tensor, rows: torch.Tensor) 
         .amax(-1),
     )
     return (highest * view.scale).transpose(1, 2)
-
-
-def _in_visiting_order(is_kept: torch.Tensor, tile_blocks: torch.Tensor) -> BlockSelection:
-    """Lists of the kept blocks [Hkv, N, M]: the tile's own, the first, the rest ascending."""
-    num_blocks = is_kept.shape[-1]
-    blocks = torch.arange(num_blocks, device=is_kept.device)
-    rank = torch.where(is_kept, blocks, num_blocks)
-    rank = rank.masked_fill(blocks == tile_blocks[:, None], -1).transpose(0, 1)
-    indices = rank.argsort(dim=-1, stable=True).to(torch.int32)
-    return BlockSelection(indices, is_kept.sum(-1, dtype=torch.int32).T.contiguous())

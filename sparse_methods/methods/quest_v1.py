@@ -25,6 +25,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from sparse_methods.block_method import BlockKnobs, BlockMethod, ScoreTiles
+from sparse_methods.kernels import selection
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import DecodeView, PageSelection, PageSummaries, Phase
 
@@ -72,6 +73,10 @@ class Quest(BlockMethod):
             return None
         if view.summaries is None:
             raise ValueError("the view holds no page summaries")
+        if selection.has_kernels(view.query):
+            from sparse_methods.kernels.triton_pages import select_by_bounds
+
+            return select_by_bounds(view, view.summaries, self.knobs.budget_pages, self.knobs.top_p)
         bounds = _bounds(view, view.summaries)
         weights = None if self.knobs.top_p is None else _weights(view, view.summaries)
         own_pages = view.own_pages[:, None].expand(-1, view.num_kv_heads)

@@ -23,6 +23,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from sparse_methods.block_method import SCORE_BLOCK, BlockKnobs, BlockMethod, ScoreTiles
+from sparse_methods.kernels.selection import largest
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import DecodeView, PageSelection, Phase, PrefillView
 
@@ -101,11 +102,9 @@ class SnapKV(BlockMethod):
         is_forced = (pages == 0) | (pages >= window_start[..., None])
         width = self.knobs.pooling
         pooled = functional.max_pool1d(masses, 2 * width + 1, stride=1, padding=width)
-        order = pooled.masked_fill(is_forced, -1.0).argsort(dim=-1, descending=True, stable=True)
-        best = order[..., : self.knobs.budget_pages]
-        return (
-            torch.zeros_like(is_forced.expand_as(masses)).scatter(-1, best, value=True) | is_forced
-        )
+        ranks = pooled.masked_fill(is_forced, -1.0)
+        budget = torch.full_like(ranks[..., :1], self.knobs.budget_pages)
+        return largest(ranks, budget) | is_forced
 
 
 def _attention_mass(view: PrefillView, start: int, stop: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ from sparse_methods.block_method import (
     float32_products,
 )
 from sparse_methods.errors import UnsupportedError
+from sparse_methods.kernels import selection
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
 
@@ -82,20 +83,9 @@ class XAttention(BlockMethod):
 
     @override
     def select_prefill(self, view: PrefillView) -> BlockSelection:
-        stride = self.knobs.stride
         self.check_servable(view.block_size)
-        missing = view.num_blocks * view.block_size - view.kv_len
-        keys = functional.pad(view.gather_keys(), (0, 0, 0, missing)).unflatten(1, (-1, stride))
-        tiles = view.query_tiles().unflatten(3, (-1, stride))
-        per_tile = tiles[:, :, 0, :, 0, 0].numel() * keys.shape[1]
-        step = max(1, min(_SLAB_TILES, _MAX_CELLS // per_tile))
-        masses = []
-        for start in range(0, view.num_tiles, step):
-            slab = tiles[:, :, start : start + step]
-            cells = _estimate_cells(view, slab, keys, start)
-            mass = _block_mass(cells, view.block_size // stride).mean(1)
-            masses.append(functional.pad(mass, (0, view.num_blocks - mass.shape[-1])))
-        return BlockSelection.of(self._keep(torch.cat(masses, 1), view.tile_blocks))
+        mass = _estimate_mass(view, self.knobs.stride)
+        return BlockSelection.of(self._keep(mass, view.tile_blocks))
 
     @override
     def keep_from_scores(self, tiles: ScoreTiles) -> torch.Tensor:
@@ -124,14 +114,29 @@ class XAttention(BlockMethod):
         if self.knobs.tau == 1.0:
             return is_visible.expand_as(mass)
         is_forced = (blocks == 0) | (blocks == tile_blocks[:, None])
-        order = mass.masked_fill(is_forced, float("inf")).argsort(
-            dim=-1, descending=True, stable=True
-        )
-        reached = mass.gather(-1, order).cumsum(-1)
-        before = functional.pad(reached, (1, -1))
-        is_needed = before < self.knobs.tau * reached[..., -1:]
-        is_kept = torch.zeros_like(is_needed).scatter(-1, order, is_needed)
-        return (is_kept & is_visible) | is_forced
+        ranks = mass.masked_fill(is_forced, float("inf"))
+        return (selection.covering(ranks, mass, self.knobs.tau) & is_visible) | is_forced
+
+
+def _estimate_mass(view: PrefillView, stride: int) -> torch.Tensor:
+    """[Hkv, N, M] float32 mass of each block, mean over the heads of a group."""
+    if selection.has_kernels(view.query):
+        from sparse_methods.kernels import triton_estimates
+
+        if triton_estimates.can_estimate_antidiagonals(view, stride):
+            return triton_estimates.antidiagonal_shares(view, stride)
+    missing = view.num_blocks * view.block_size - view.kv_len
+    keys = functional.pad(view.gather_keys(), (0, 0, 0, missing)).unflatten(1, (-1, stride))
+    tiles = view.query_tiles().unflatten(3, (-1, stride))
+    per_tile = tiles[:, :, 0, :, 0, 0].numel() * keys.shape[1]
+    step = max(1, min(_SLAB_TILES, _MAX_CELLS // per_tile))
+    masses = []
+    for start in range(0, view.num_tiles, step):
+        slab = tiles[:, :, start : start + step]
+        cells = _estimate_cells(view, slab, keys, start)
+        mass = _block_mass(cells, view.block_size // stride).mean(1)
+        masses.append(functional.pad(mass, (0, view.num_blocks - mass.shape[-1])))
+    return torch.cat(masses, 1)
 
 
 def _estimate_cells(

@@ -1,12 +1,15 @@
 """Queries and keys laid out as the engine lays them out, for tests of methods."""
 
 import math
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
 from sparse_methods.kernels.page_summary import PageSegments, allocate_summaries, update_summaries
 from sparse_methods.views import DecodeView, PageSummaries, PrefillView
 
+AnyView = TypeVar("AnyView", PrefillView, DecodeView)
 JUNK = 1e4  # what slots hold that no key of the request was written to
 
 
@@ -34,6 +37,17 @@ def summarise(cache: torch.Tensor, pages: torch.Tensor, keys: torch.Tensor) -> P
     segments = PageSegments(pages, lengths, torch.zeros(len(pages), dtype=torch.bool))
     update_summaries(summaries, keys, segments)
     return summaries
+
+
+def on(view: AnyView, device: torch.device) -> AnyView:
+    """The same view with every tensor on a device."""
+    moved: dict[str, Any] = {}
+    for name, value in vars(view).items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = value.to(device)
+        elif isinstance(value, PageSummaries):
+            moved[name] = PageSummaries(**{k: v.to(device) for k, v in vars(value).items()})
+    return replace(view, **moved)
 
 
 def prefill_view(

@@ -1,0 +1,150 @@
+"""How the answers of several methods become one batch's lists."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from service.models.selection import DecodeGroup, Layer, PrefillGroup, select
+from sparse_methods.kernels.operation import LayerGeometry
+from sparse_methods.method import SparseAttentionMethod
+from sparse_methods.views import BlockSelection, PageSelection
+from tests.sparse_methods import paged
+
+HEADS, PAGE, LENGTH = 2, 16, 80  # five pages
+
+
+class Fixed(SparseAttentionMethod):
+    """Answers what it is told, and remembers what it saw."""
+
+    def __init__(self, blocks, *, answers=True):
+        super().__init__()
+        self.blocks, self.answers = blocks, answers
+        self.seen: Any = None
+        self.given: PageSelection | None = None
+
+    name = "fixed"
+
+    def calculate_sparsity(self, attention_scores):
+        raise NotImplementedError
+
+    def apply_sparsity(self, attention_scores, sparse_mask=None):
+        raise NotImplementedError
+
+    def lists(self, count):
+        row = torch.tensor(self.blocks, dtype=torch.int32)
+        # Heads before rows in memory, as some tables are.
+        indices = row.expand(HEADS, count, -1).contiguous().transpose(0, 1)
+        counts = torch.full((HEADS, count), len(self.blocks), dtype=torch.int32).T
+        return indices, counts
+
+    def select_prefill(self, view):
+        self.seen = view
+        return BlockSelection(*self.lists(view.num_tiles)) if self.answers else None
+
+    def select_decode(self, view):
+        self.seen = view
+        if self.given is not None:
+            return self.given
+        return PageSelection(*self.lists(len(view.query))) if self.answers else None
+
+
+def chosen(*args):
+    lists = select(layer(), *args)
+    assert lists is not None
+    return lists
+
+
+def layer():
+    keys = torch.zeros(5, PAGE, HEADS, 8)
+    geometry = LayerGeometry(HEADS, HEADS, head_dim=8, value_dim=8, scale=1.0)
+    summaries = paged.summarise(keys, torch.arange(5), keys.flatten(0, 1))
+    return Layer(0, 1, geometry, keys, summaries, None)
+
+
+def prompt(method, tiles=slice(0, 5), rows=slice(0, LENGTH)):
+    return PrefillGroup(method, tiles, rows, 0, LENGTH, torch.arange(5), 0)
+
+
+def rows_of(method, places, members=None):
+    places = torch.tensor(places)
+    lens = torch.full((len(places),), LENGTH, dtype=torch.int32)
+    pages = torch.arange(5).expand(len(places), -1)
+    members = None if members is None else torch.tensor(members)
+    return DecodeGroup(method, places, places, lens, lens, pages, torch.zeros_like(places), members)
+
+
+def listed(lists):
+    return [
+        [None if count < 0 else indices[:count] for indices, count in zip(*row, strict=True)]
+        for row in zip(lists.indices.tolist(), lists.counts.tolist(), strict=True)
+    ]
+
+
+def both(blocks):
+    return [blocks] * HEADS
+
+
+def test_an_answer_for_every_tile_is_the_list():
+    lists = chosen(torch.zeros(LENGTH, HEADS, 8), [prompt(Fixed([0, 2]))], 5)
+    assert listed(lists) == [both([0, 2])] * 5
+    assert lists.indices.is_contiguous()
+    assert lists.counts.is_contiguous()
+
+
+def test_an_answer_is_handed_on_without_a_copy():
+    method = Fixed([1])
+    answer = PageSelection(
+        torch.zeros(3, HEADS, 4, dtype=torch.int32), torch.ones(3, HEADS, dtype=torch.int32)
+    )
+    method.given = answer
+    lists = chosen(torch.zeros(3, HEADS, 8), [rows_of(method, [0, 1, 2])], 3)
+    assert lists.indices is answer.indices
+    assert lists.counts is answer.counts
+
+
+def test_rows_that_are_not_members_read_everything():
+    group = rows_of(Fixed([3, 0]), [0, 1, 2], members=[True, False, True])
+    lists = chosen(torch.zeros(3, HEADS, 8), [group], 3)
+    assert listed(lists) == [both([3, 0]), both(None), both([3, 0])]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_row_gets_the_list_of_the_method_it_is_a_member_of(order):
+    groups = [
+        rows_of(Fixed([3]), [0, 1, 2], members=[True, False, False]),
+        rows_of(Fixed([4, 0, 1]), [0, 1, 2], members=[False, False, True]),
+    ]
+    lists = chosen(torch.zeros(3, HEADS, 8), groups[::order], 3)
+    assert listed(lists) == [both([3]), both(None), both([4, 0, 1])]
+
+
+def test_prompts_and_rows_of_other_methods_lie_side_by_side():
+    groups = [prompt(Fixed([0]), slice(1, 6), slice(1, 1 + LENGTH)), rows_of(Fixed([4, 2]), [0])]
+    lists = chosen(torch.zeros(1 + LENGTH, HEADS, 8), groups, 6)
+    assert listed(lists) == [both([4, 2])] + [both([0])] * 5
+
+
+def test_some_tiles_of_a_batch_leave_the_others_alone():
+    groups = [rows_of(Fixed([4]), [0, 2]), rows_of(Fixed([], answers=False), [1])]
+    lists = chosen(torch.zeros(3, HEADS, 8), groups, 3)
+    assert listed(lists) == [both([4]), both(None), both([4])]
+
+
+def test_nobody_answering_reads_everything():
+    group = prompt(Fixed([], answers=False))
+    assert select(layer(), torch.zeros(LENGTH, HEADS, 8), [group], 5) is None
+
+
+def test_a_method_sees_the_rows_of_its_own():
+    query = torch.arange(3.0)[:, None, None].expand(-1, HEADS, 8)
+    for places in ([0, 2], [0, 1, 2]):
+        method = Fixed([4])
+        select(layer(), query, [rows_of(method, places)], 3)
+        assert method.seen.query[:, 0, 0].tolist() == places
+
+
+def test_summaries_go_to_who_asks_for_them():
+    method = Fixed([4])
+    select(layer(), torch.zeros(1, HEADS, 8), [rows_of(method, [0])], 1)
+    assert method.seen.summaries is None
