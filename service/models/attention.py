@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -219,15 +219,29 @@ class PagedAttention:
         ]
 
 
+class LayerAttention(Protocol):
+    """What attends for the layers of a model: ``PagedAttention``, or what stands in for it."""
+
+    def forward(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See ``PagedAttention.forward``."""
+
+
 @dataclass(frozen=True)
 class BoundLayer:
     """What an attention module carries to find its cache and its batch."""
 
-    attention: PagedAttention
+    attention: LayerAttention
     index: int
 
 
-def bind(attention: PagedAttention, modules: Sequence[nn.Module]) -> None:
+def bind(attention: LayerAttention, modules: Sequence[nn.Module]) -> None:
     """Tell each attention module, in execution order, which layer of ``attention`` it is."""
     for index, module in enumerate(modules):
         module.sparseserve_layer = BoundLayer(attention, index)  # type: ignore[assignment]
