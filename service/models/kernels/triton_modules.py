@@ -136,9 +136,10 @@ def _gate_kernel(both, product, IS_SILU: tl.constexpr, WIDTH: tl.constexpr, CHAN
     gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(source + WIDTH, mask=mask, other=0.0).to(tl.float32)
     if IS_SILU:
-        gate = gate * tl.sigmoid(gate)
+        argument = gate
     else:  # (1 + tanh(z)) / 2 is the sigmoid of 2 z
-        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        argument = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    gate *= tl.sigmoid(tl.maximum(argument, -80.0))  # the exponential of more than 88 overflows
     result = (gate * up).to(product.dtype.element_ty)
     tl.store(product + row * WIDTH + channels, result, mask=mask)
 
