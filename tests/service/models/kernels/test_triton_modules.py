@@ -23,7 +23,7 @@ def moved(value, dtype):
 
 def assert_close(actual, expected):
     assert actual.dtype == expected.dtype
-    # Triton's interpreter cuts bfloat16 off where devices round: a unit, twice if it is stored twice.
+    # Triton's interpreter cuts bfloat16 off where devices round, and a sum is stored on the way.
     units = 3 if expected.dtype == torch.bfloat16 else 1
     tolerance = max(1e-5, units * torch.finfo(expected.dtype).eps)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
