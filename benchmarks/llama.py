@@ -21,6 +21,7 @@ from service.engine.sequence import SamplingParams, Sequence
 from service.models.attention import NAME
 from service.models.discovery import discover
 from service.models.hugging_face import set_attention
+from service.models.surgery import fuse_modules
 from sparse_methods import get_sparse_method
 
 _CONFIG: dict[str, Any] = {
@@ -50,20 +51,21 @@ def main(
     longest: int = 131072,
     chunk: int = 8192,
     *,
+    fuse: bool = True,
     write: bool = True,
 ) -> None:
     """Measure every method of a comma-separated list."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("this benchmark needs a CUDA device")
-    runner = build_runner(num_layers)
-    results: dict[str, Any] = {}
+    runner = build_runner(num_layers, fuse=fuse)
+    results: dict[str, Any] = {"fused": fuse}
     for name in methods.split(","):
         results[name] = measure(runner, name, longest, chunk)
     if write:
         print(f"written to {save('llama-gpu', results)}")
 
 
-def build_runner(num_layers: int = 32) -> ModelRunner:
+def build_runner(num_layers: int = 32, *, fuse: bool = True) -> ModelRunner:
     """A model with random weights, and a cache for 300,000 tokens."""
     config = LlamaConfig(**{**_CONFIG, "num_hidden_layers": num_layers})
     with torch.device("cuda"), no_init_weights():
@@ -78,6 +80,9 @@ def build_runner(num_layers: int = 32) -> ModelRunner:
     model.eval().requires_grad_(requires_grad=False)
     layers = discover(model)
     set_attention(model, NAME)
+    if fuse:
+        _, notes = fuse_modules(model, layers, config.max_position_embeddings)
+        print("\n".join(notes))
     modules = [(layer.module, layer.geometry) for layer in layers]
     return ModelRunner(model, modules, num_pages=2400, block_size=_BLOCK, num_slots=160)
 

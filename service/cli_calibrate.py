@@ -14,7 +14,7 @@ from sparse_methods import SparseMethodError
 
 _TEXT_NAME = "calibration_text.txt"
 _TEXTS_PER_LENGTH = 2
-_SETTINGS = ("model", "device", "dtype", "block_size")
+_SETTINGS = ("model", "device", "dtype", "fuse_modules", "block_size")
 
 
 @with_options(settings=OptionGroup(Settings, without=set(Settings.model_fields) - set(_SETTINGS)))
@@ -47,7 +47,9 @@ def calibrate(
         methods = calibratable(method)
         source = _text(settings, text)
         with LoadingBar(Console(stderr=True)) as bar:
-            loaded = load_model(settings.model, settings.device, settings.dtype, bar)
+            loaded = load_model(
+                settings.model, settings.device, settings.dtype, bar, fuse=settings.fuse_modules
+            )
             tokenizer = Tokenizer.load(loaded.directory, loaded.eos_token_ids)
             texts = planted_texts(tokenizer.encode, source, all_lengths)
             artifact = calibrate_model(loaded, methods, texts, settings.block_size, bar)

@@ -21,6 +21,10 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights and KV cache; auto is float32 on a CPU, bfloat16 on a GPU."
     )
+    fuse_modules: bool = Field(
+        default=True,
+        description="Whether modules of the model are fused where that gives the same numbers.",
+    )
     method: str = Field("flash_skip_softmax", description="Method of requests that name none.")
     allow_evaluation_methods: bool = Field(
         default=False,

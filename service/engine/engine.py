@@ -102,7 +102,12 @@ class Engine:
             ModelNotSupportedError: The model cannot be served; the message says why.
         """
         loaded = load_model(
-            settings.model, settings.device, settings.dtype, progress, settings.max_context_tokens
+            settings.model,
+            settings.device,
+            settings.dtype,
+            progress,
+            settings.max_context_tokens,
+            fuse=settings.fuse_modules,
         )
         engine = cls(settings, loaded, events)
         engine.self_test = run_self_test(loaded, engine.trial_logits, engine.max_trial_tokens)

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from service.models.selection import (
@@ -101,15 +102,20 @@ class PagedAttention:
         self._summaries = [allocate_summaries(keys) for keys, _ in caches]
         self._page_scores: list[torch.Tensor] = []  # allocated when the first method scores
         self._tile_blocks = torch.zeros(0)  # [N, 3] int64, what the layers so far have counted
+        # Blocks and elements that the layers of this step read, not added to the counters yet.
+        self._counted: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @contextmanager
     def running(self, batch: AttentionBatch) -> Iterator[None]:
-        """Make ``batch`` the one that the layers attend to."""
+        """Make ``batch`` the one that the layers attend to; what they read counts when all did."""
         self._batch = batch
+        self._counted = []
         try:
             yield
+            self._add_counted(batch.counter_rows)
         finally:
             self._batch = None
+            self._counted = []
 
     def observe(self, observer: Callable[[AttentionInputs], None]) -> None:
         """Call ``observer`` with the inputs of every later layer that runs without a graph."""
@@ -187,16 +193,18 @@ class PagedAttention:
                 sinks=sinks if described.geometry.has_sinks else None,
             )
         )
-        self._count(layer, batch, outputs)
-        return outputs.output
-
-    def _count(self, layer: int, batch: AttentionBatch, outputs: AttentionOutputs) -> None:
-        num_heads = self._geometries[layer].num_heads
-        counters = self.block_counters[layer, :, :num_heads]
-        counters.index_add_(0, batch.counter_rows, outputs.blocks)
-        self.element_counters[layer].index_add_(0, batch.counter_rows, outputs.kv_elements)
+        self._counted.append((outputs.blocks, outputs.kv_elements))
         if batch.adaptive:
             self._tile_blocks += outputs.blocks.sum(1)
+        return outputs.output
+
+    def _add_counted(self, rows: torch.Tensor) -> None:
+        """Add what the layers of a step read to the statistics, all layers at once."""
+        if not self._counted:
+            return
+        blocks, elements = zip(*self._counted, strict=True)
+        self.block_counters.index_add_(1, rows, _by_layer(blocks))
+        self.element_counters.index_add_(1, rows, _by_layer(elements))
 
     def _describe(self, layer: int, batch: AttentionBatch) -> Layer:
         keys = self._caches[layer][0]
@@ -219,15 +227,42 @@ class PagedAttention:
         ]
 
 
+def _by_layer(counted: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[layers, N, ...] of one tensor per layer; a view if all are one, as without lists.
+
+    Where layers have different numbers of heads, the missing ones read nothing.
+    """
+    if all(tensor is counted[0] for tensor in counted):
+        return counted[0].expand(len(counted), *counted[0].shape)
+    width = max(tensor.shape[1] for tensor in counted)
+    if any(tensor.shape[1] != width for tensor in counted):
+        counted = [functional.pad(t, (0, 0, 0, width - t.shape[1])) for t in counted]
+    return torch.stack(list(counted))
+
+
+class LayerAttention(Protocol):
+    """What attends for the layers of a model: ``PagedAttention``, or what stands in for it."""
+
+    def forward(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See ``PagedAttention.forward``."""
+
+
 @dataclass(frozen=True)
 class BoundLayer:
     """What an attention module carries to find its cache and its batch."""
 
-    attention: PagedAttention
+    attention: LayerAttention
     index: int
 
 
-def bind(attention: PagedAttention, modules: Sequence[nn.Module]) -> None:
+def bind(attention: LayerAttention, modules: Sequence[nn.Module]) -> None:
     """Tell each attention module, in execution order, which layer of ``attention`` it is."""
     for index, module in enumerate(modules):
         module.sparseserve_layer = BoundLayer(attention, index)  # type: ignore[assignment]

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from service.models.attention import NAME
 from service.models.discovery import DiscoveredLayer, attach, discover, discover_on_meta
 from service.models.hugging_face import Progress, quiet, reported_progress, set_attention
 from service.models.rope import pin_rope, rope_parameters, rope_types
+from service.models.surgery import Fusions, fuse_modules
 
 BUILT_IN_NAME = "sparseserve-default"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -48,6 +49,7 @@ class LoadedModel:
         layers: Its attention layers in execution order.
         eos_token_ids: Tokens that end a text; may be empty.
         max_context_tokens: Longest prompt plus output that may be served.
+        fusions: Its modules that compute with fewer kernels than their own code would.
         notes: What an operator may want to know, one sentence each.
     """
 
@@ -57,6 +59,7 @@ class LoadedModel:
     name: str
     eos_token_ids: tuple[int, ...]
     max_context_tokens: int
+    fusions: Fusions = field(default_factory=Fusions)
     notes: tuple[str, ...] = ()
 
 
@@ -71,6 +74,8 @@ def load_model(
     dtype: str = "auto",
     progress: Progress | None = None,
     max_context_tokens: int | None = None,
+    *,
+    fuse: bool = True,
 ) -> LoadedModel:
     """Load a causal LM from a directory.
 
@@ -80,6 +85,7 @@ def load_model(
         dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, bfloat16 on a GPU.
         progress: Called with (stage, done, total).
         max_context_tokens: Longest context that will be served; None takes the model's own limit.
+        fuse: Whether modules are fused where that gives the same numbers.
 
     Raises:
         ModelNotSupportedError: The model cannot be served; the message says why.
@@ -94,6 +100,10 @@ def load_model(
     layers = discover(model) if layers is None else attach(layers, model)
     notes = pin_rope(model, limit) + tuple(dict.fromkeys(n for la in layers for n in la.notes))
     set_attention(model, NAME)
+    fusions = Fusions()
+    if fuse:
+        fusions, fusion_notes = fuse_modules(model, layers, limit)
+        notes += fusion_notes
     for note in notes:
         logger.info("%s: %s", directory.name, note)
     return LoadedModel(
@@ -103,6 +113,7 @@ def load_model(
         name=BUILT_IN_NAME if path is None else directory.resolve().name,
         eos_token_ids=_eos_token_ids(model),
         max_context_tokens=limit,
+        fusions=fusions,
         notes=notes,
     )
 

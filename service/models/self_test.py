@@ -1,6 +1,7 @@
 """Does the packed, chunked, paged path compute what the plain model computes? Asked at every load.
 
-Discovery trusts what a model passes to its attention function; this test trusts nothing.
+Discovery trusts what a model passes to its attention function; this test trusts nothing: the plain
+model runs the code of transformers, with no module fused.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ def run_self_test(
     """
     prompts = _prompts(loaded, max_tokens)
     packed = packed_logits(prompts)
-    with quiet(), using_attention(loaded.model, "eager"):
+    with quiet(), using_attention(loaded.model, "eager"), loaded.fusions.suspended():
         errors = [
             _relative_error(rows, _plain_logits(loaded.model, prompt), len(prompt))
             for prompt, rows in zip(prompts, packed, strict=True)

@@ -56,7 +56,17 @@ def test_the_weights_are_those_of_the_directory(llama_directory):
     loaded.model.set_attn_implementation("eager")
     ids = tiny.tokens(20, 1)
     expected = tiny.plain_logits(tiny.build("llama"), ids)
-    assert torch.allclose(tiny.plain_logits(loaded.model, ids), expected, atol=1e-5)
+    with loaded.fusions.suspended():
+        assert torch.allclose(tiny.plain_logits(loaded.model, ids), expected, atol=1e-5)
+
+
+def test_modules_are_fused_unless_the_operator_says_no(llama_directory):
+    fused, plain = (load_model(llama_directory, "cpu", fuse=fuse) for fuse in (True, False))
+    assert len(fused.fusions.modules) == 9 + 3 * tiny.NUM_LAYERS
+    assert any(note.startswith("Fused after comparison: 9 LlamaRMSNorm") for note in fused.notes)
+    assert plain.fusions.modules == ()
+    assert not any("Fused" in note for note in plain.notes)
+    assert not any("forward" in vars(module) for module in plain.model.modules())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -141,7 +151,8 @@ def test_other_architectures_survive_the_round_trip(name, tmp_path):
     loaded.model.set_attn_implementation("eager")
     ids = tiny.tokens(20, 2)
     expected = tiny.plain_logits(tiny.build(name), ids)
-    assert torch.allclose(tiny.plain_logits(loaded.model, ids), expected, atol=1e-3)
+    with loaded.fusions.suspended():
+        assert torch.allclose(tiny.plain_logits(loaded.model, ids), expected, atol=1e-3)
 
 
 def test_a_missing_directory_is_refused(tmp_path):

@@ -1,0 +1,88 @@
+"""Does a fused module compute what the original computes? Compared on random numbers at load."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from service.models.recording import Call, random_like
+
+Outputs = tuple[torch.Tensor, ...]
+Read = Callable[[Any], Outputs]  # what of a call's output, and of what it led to, is compared
+Forward = Callable[..., Any]
+
+# Accepted error in float32, as a share of the output's own size (root mean square): the order of
+# a sum may differ, nothing else. In low precision both are held against the original in float32,
+# and the fused module may err a fourth more than the original does, or a fourth of a rounding.
+FLOAT32_TOLERANCE = 1e-5
+LOW_PRECISION_FACTOR = 1.25
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+
+
+@torch.no_grad()
+def mismatch(module: nn.Module, fused: Forward, call: Call, read: Read) -> str | None:
+    """How the fused forward differs from the module's own, as the end of a sentence, or None.
+
+    Args:
+        module: A module that runs its own forward.
+        fused: What may stand in for it.
+        call: What the module was called with; its hidden states are replaced by random ones.
+        read: Picks what is compared.
+    """
+    rows = call.rows
+    if rows is None:
+        return "gets no hidden states"
+    call = call.with_rows(random_like(rows))
+    try:
+        original = read(module.forward(*call.args, **call.kwargs))
+        candidate = read(fused(*call.args, **call.kwargs))
+        if rows.dtype == torch.float32:
+            return _difference(candidate, original, [FLOAT32_TOLERANCE] * len(original))
+        exact = read(_run_in_float32(module, call))
+    except FAILURES as error:
+        return f"fails with {type(error).__name__}: {error}"
+    unit = torch.finfo(rows.dtype).eps / 4
+    own_errors = [_relative_error(o, e) for o, e in zip(original, exact, strict=True)]
+    return _difference(candidate, exact, [LOW_PRECISION_FACTOR * e + unit for e in own_errors])
+
+
+@contextmanager
+def replaced_forward(replacements: dict[nn.Module, Forward]) -> Iterator[None]:
+    """Let modules compute something else for a moment."""
+    before: dict[nn.Module, Forward | None] = {m: vars(m).get("forward") for m in replacements}
+    for module, forward in replacements.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, earlier in before.items():
+            if earlier is None:
+                del module.forward
+            else:
+                module.forward = earlier
+
+
+def _run_in_float32(module: nn.Module, call: Call) -> Any:  # noqa: ANN401 - the module's own type
+    wide = call.in_float32()
+    parameters = {name: parameter.float() for name, parameter in module.named_parameters()}
+    return functional_call(module, parameters, wide.args, wide.kwargs)
+
+
+def _difference(candidate: Outputs, expected: Outputs, allowed: list[float]) -> str | None:
+    if len(candidate) != len(expected):
+        return f"gives {len(candidate)} tensors for {len(expected)}"
+    for actual, right, limit in zip(candidate, expected, allowed, strict=True):
+        if actual.shape != right.shape:
+            return f"gives {tuple(actual.shape)} for {tuple(right.shape)}"
+        error = _relative_error(actual, right)
+        if not error <= limit:  # NaN is no match
+            return f"differs by {error:.2g} of its size, {limit:.2g} is allowed"
+    return None
+
+
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = (actual.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp_min(1e-30))

@@ -1,0 +1,207 @@
+"""Fused modules compute what the plain model does; what does not match is left alone and named."""
+
+import pytest
+import torch
+from torch import nn
+
+from service.engine.model_runner import ModelRunner
+from service.engine.trial import packed_logits
+from service.models.attention import NAME
+from service.models.discovery import discover
+from service.models.hugging_face import set_attention, using_attention
+from service.models.surgery import fuse_modules
+from tests.service.models import tiny
+
+MAX_CONTEXT_TOKENS = 256
+PROMPTS = [tiny.tokens(length, seed) for seed, length in enumerate((13, 29, 40))]
+TOLERANCE = 1e-5  # of the largest logit
+
+# By architecture, of one layer: norms, attention, MLP, the layer itself. Beside them a last norm.
+FUSED_PER_LAYER = {
+    "llama": 5,
+    "qwen2": 5,
+    "qwen3": 7,
+    "mistral": 5,
+    "gemma2": 6,
+    "gemma3": 8,
+    "phi3": 5,
+    "olmo2": 5,  # its norms of all heads at once are not those of an attention that fuses
+    "mixtral": 4,
+    "qwen3_moe": 6,
+    "gpt_oss": 4,
+}
+
+
+class Operated:
+    """A tiny model before and after surgery, and its runner."""
+
+    def __init__(self, model):
+        self.model = model
+        self.expected = [tiny.plain_logits(model, prompt) for prompt in PROMPTS]
+        self.layers = discover(model)
+        set_attention(model, NAME)
+        self.fusions, self.notes = fuse_modules(model, self.layers, MAX_CONTEXT_TOKENS)
+
+    def packed(self):
+        pairs = [(layer.module, layer.geometry) for layer in self.layers]
+        runner = ModelRunner(self.model, pairs, num_pages=64, block_size=8, num_slots=4)
+        return packed_logits(runner, PROMPTS, 16)
+
+    def error(self):
+        pairs = zip(self.packed(), self.expected, strict=True)
+        return max(float((a - e).abs().max() / e.abs().max()) for a, e in pairs)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_logits_stay_what_they_are(name):
+    operated = Operated(tiny.build(name))
+    number = FUSED_PER_LAYER.get(name)
+    taken = len(operated.fusions.modules)
+    assert taken == (0 if number is None else tiny.NUM_LAYERS * number + 1)
+    assert operated.error() < TOLERANCE
+    with operated.fusions.suspended(), using_attention(operated.model, "eager"):
+        for prompt, expected in zip(PROMPTS, operated.expected, strict=True):
+            torch.testing.assert_close(tiny.plain_logits(operated.model, prompt), expected)
+    assert len(operated.fusions.modules) == taken
+    assert operated.error() < TOLERANCE
+
+
+def test_biases_of_some_projections_are_merged():
+    model = tiny.build("llama", attention_bias=True, mlp_bias=True)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias = None
+    operated = Operated(model)
+    assert len(operated.fusions.modules) == tiny.NUM_LAYERS * 5 + 1
+    assert operated.error() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.bias",
+        "self_attn.v_proj.weight",
+        "self_attn.o_proj.weight",
+        "self_attn.q_norm.weight",
+        "self_attn.k_norm.weight",
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+        "mlp.down_proj.weight",
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+    ],
+)
+def test_every_weight_still_matters(path):
+    operated = Operated(tiny.build("qwen3", attention_bias=True))
+    parameter = operated.model.model.layers[1].get_parameter(path)
+    parameter.data.mul_(1.5)
+    assert operated.error() > 1e-3
+
+
+def storage_bytes(model):
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+def test_merged_weights_are_not_stored_twice(name):
+    model = tiny.build(name)
+    before = storage_bytes(model)
+    operated = Operated(model)
+    assert storage_bytes(model) == before
+    attention = model.model.layers[0].self_attn
+    if name != "phi3":
+        assert attention.q_proj.weight.untyped_storage().data_ptr() == (
+            attention.v_proj.weight.untyped_storage().data_ptr()
+        )
+    fused = vars(attention)["forward"]
+    own = {parameter.untyped_storage().data_ptr() for parameter in attention.parameters()}
+    assert fused._projection.weight.untyped_storage().data_ptr() in own
+    assert operated.fusions.modules
+
+
+class Scaled(nn.Module):
+    """A norm by its name and its attributes, but not by what it computes."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.variance_epsilon = 1e-6
+
+    def forward(self, hidden_states):
+        scaled = nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, 1e-6)
+        return scaled * 1.01
+
+
+class ScaledRMSNorm(Scaled):
+    """See ``Scaled``."""
+
+
+def test_what_does_not_match_is_left_alone_and_named():
+    model = tiny.build("llama")
+    layer = model.model.layers[2]
+    layer.post_attention_layernorm = ScaledRMSNorm(layer.post_attention_layernorm.weight.data)
+    operated = Operated(model)
+    assert layer.post_attention_layernorm not in operated.fusions.modules
+    assert layer not in operated.fusions.modules
+    assert len(operated.fusions.modules) == tiny.NUM_LAYERS * 5 + 1 - 2
+    assert any(
+        note.startswith("1 ScaledRMSNorm left as they are: differs by ") for note in operated.notes
+    )
+    assert "1 LlamaDecoderLayer left as they are: has another structure." in operated.notes
+    assert operated.error() < TOLERANCE
+
+
+def test_a_residual_that_is_scaled_is_noticed():
+    model = tiny.build("llama")
+    layer = model.model.layers[1]
+    plain = type(layer).forward
+
+    def forward(hidden_states, **kwargs):
+        return plain(layer, hidden_states, **kwargs) * 0.9
+
+    layer.forward = forward
+    operated = Operated(model)
+    assert layer not in operated.fusions.modules
+    assert any("1 LlamaDecoderLayer left as they are: differs" in note for note in operated.notes)
+    assert operated.error() < TOLERANCE
+
+
+def test_a_rotation_of_neighbours_is_noticed(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    def rotate_half(x):
+        return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+    monkeypatch.setattr(modeling_llama, "rotate_half", rotate_half)
+    operated = Operated(tiny.build("llama"))
+    assert any("4 LlamaAttention left as they are: differs" in note for note in operated.notes)
+    assert operated.error() < TOLERANCE
+
+
+def test_a_model_that_cannot_be_recorded_is_left_alone():
+    model = tiny.build("llama")
+    layers = discover(model)
+    set_attention(model, NAME)
+    model.model.norm.forward = lambda _: [][0]
+    fusions, notes = fuse_modules(model, layers, MAX_CONTEXT_TOKENS)
+    assert fusions.modules == ()
+    assert notes == ("No module was fused: IndexError: list index out of range",)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_compared_with_float32(dtype):
+    operated = Operated(tiny.build("qwen3").to(dtype))
+    assert len(operated.fusions.modules) == tiny.NUM_LAYERS * 7 + 1
+    exact = [tiny.plain_logits(tiny.build("qwen3").to(dtype).float(), p) for p in PROMPTS]
+    errors = [
+        torch.stack([(a.float() - e).norm() for a, e in zip(logits, exact, strict=True)]).norm()
+        for logits in (operated.packed(), operated.expected)
+    ]
+    assert errors[0] < 1.25 * errors[1]
+
+
+def test_fused_attention_refuses_a_cache_of_the_models_own():
+    operated = Operated(tiny.build("llama"))
+    with pytest.raises(RuntimeError, match="paged cache only"):
+        operated.model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=True)
