@@ -6,7 +6,6 @@ import torch
 
 from sparse_methods import BlockSelection, InvalidKnobsError
 from sparse_methods.methods.vertical_slash_v1 import VerticalSlash
-from sparse_methods.views import BlockSelection
 from tests.sparse_methods import paged
 
 SIZE = 16  # tokens of a block
