@@ -27,8 +27,11 @@ from torch.nn import functional
 from typing_extensions import override
 
 from sparse_methods.block_method import SCORE_BLOCK, BlockKnobs, BlockMethod, ScoreTiles
+from sparse_methods.kernels import selection
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
+
+_MAX_TOGETHER = 1 << 27  # scores of tiles that are decided together: 512 MiB
 
 
 @register_sparse_method("flexprefill", version="v1")
@@ -76,6 +79,8 @@ class FlexPrefill(BlockMethod):
 
     @override
     def select_prefill(self, view: PrefillView) -> BlockSelection:
+        if selection.has_kernels(view.query):  # where a launch costs more than a wider row
+            return BlockSelection.of(self._kept_together(view, _MAX_TOGETHER))
         size, stride = view.block_size, self.knobs.row_stride
         keys, means = view.gather_keys().transpose(1, 2), view.block_means().transpose(1, 2)
         tiles = view.query_tiles()
@@ -92,6 +97,65 @@ class FlexPrefill(BlockMethod):
             pooled = pooled_row @ means[..., :own] * view.scale
             is_kept[:, tile, : own + 1] = self._keep(scores, pooled, size)
         return BlockSelection.of(is_kept)
+
+    def _kept_together(self, view: PrefillView, max_products: int) -> torch.Tensor:
+        """[Hkv, N, M] bool, what ``_keep`` keeps of each tile, some tiles at a time.
+
+        Tiles that sample alike go together, as many as have ``max_products`` scores.
+        """
+        size, stride = view.block_size, self.knobs.row_stride
+        keys, tiles = view.gather_keys().transpose(1, 2), view.query_tiles()
+        pooled = view.tile_means() @ view.block_means()[:, None].mT * view.scale
+        per_tile = tiles[:, :, 0, ::stride, 0].numel() * view.num_blocks * size
+        most, num_full, tile = max_products // per_tile, view.num_rows // size, 0
+        kept = []
+        while tile < view.num_tiles:
+            stop = tile + max(1, min(most, num_full - tile))
+            num_rows = min(size, view.num_rows - tile * size)
+            rows = tiles[:, :, tile:stop, (num_rows - 1) % stride : num_rows : stride]
+            num_blocks = view.first_block + stop
+            products = rows.flatten(1, 3) @ keys[..., : (num_blocks - 1) * size + num_rows]
+            own = view.tile_blocks[tile:stop]
+            last_rows = own * size + num_rows - 1
+            scores = self._visible(products.unflatten(1, rows.shape[1:4]), last_rows, view.scale)
+            scores = functional.pad(scores, (0, size - num_rows), value=float("-inf"))
+            slab = self._keep_tiles(scores, pooled[:, :, tile:stop, :num_blocks], own)
+            kept.append(functional.pad(slab, (0, view.num_blocks - num_blocks)))
+            tile = stop
+        return torch.cat(kept, 1)
+
+    def _visible(
+        self, products: torch.Tensor, last_rows: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Scores of products [Hkv, G, n, S, keys]; ``last_rows`` [n] are positions."""
+        num_rows, num_keys = products.shape[-2:]
+        steps = torch.arange(1 - num_rows, 1, device=products.device) * self.knobs.row_stride
+        rows = last_rows[:, None, None] + steps[:, None]
+        is_hidden = torch.arange(num_keys, device=products.device) > rows
+        return products.float().mul_(scale).masked_fill_(is_hidden, float("-inf"))
+
+    def _keep_tiles(
+        self, scores: torch.Tensor, pooled: torch.Tensor, own: torch.Tensor
+    ) -> torch.Tensor:
+        """``_keep`` of several tiles: [Hkv, n, M] bool.
+
+        Args:
+            scores: [Hkv, G, n, S, M * block size] float32, -inf where a key is not visible.
+            pooled: [Hkv, G, n, M] float32, of which those from the own block on do not count.
+            own: [n] number of the block each tile lies in.
+        """
+        num_blocks = pooled.shape[-1]
+        blocks = torch.arange(num_blocks, device=own.device)
+        by_block = scores.unflatten(-1, (num_blocks, -1))
+        index = own[:, None, None, None].expand(*by_block.shape[:4], 1, by_block.shape[-1])
+        own_mean = _visible_mean(by_block.gather(-2, index)[..., 0, :])[..., None]
+        pooled = torch.where(blocks == own[:, None], own_mean, pooled)
+        pooled = pooled.masked_fill(blocks > own[:, None], float("-inf"))
+        # From here on, tiles stand where KV heads do.
+        flat, masses = scores.transpose(1, 2).flatten(0, 1), pooled.transpose(1, 2).flatten(0, 1)
+        chosen = self._choose(flat, masses, scores.shape[-1] // num_blocks)
+        is_kept: torch.Tensor = chosen.unflatten(0, (scores.shape[0], -1))
+        return (is_kept & (blocks <= own[:, None])) | (blocks == 0) | (blocks == own[:, None])
 
     @override
     def keep_from_scores(self, tiles: ScoreTiles) -> torch.Tensor:
@@ -122,8 +186,14 @@ class FlexPrefill(BlockMethod):
         Returns:
             [Hkv, M] bool.
         """
+        is_kept = self._choose(scores, _with_own_block(pooled, scores, block_size), block_size)
+        is_kept[:, 0] = is_kept[:, -1] = True
+        return is_kept
+
+    def _choose(self, scores: torch.Tensor, pooled: torch.Tensor, block_size: int) -> torch.Tensor:
+        """``_keep`` with the pooled scores [Hkv, G, M] of all blocks, but for what is forced."""
         gamma, stride = self.knobs.gamma, self.knobs.row_stride
-        pooled_mass = _with_own_block(pooled, scores, block_size).softmax(-1)
+        pooled_mass = pooled.softmax(-1)
         attention = scores.softmax(-1)
         block_mass = _by_block(attention.mean(-2), block_size)
         is_pooled = (_distance(pooled_mass, block_mass) < self.knobs.tau)[..., None]
@@ -136,7 +206,6 @@ class FlexPrefill(BlockMethod):
         for lines in (columns, diagonals):
             num_blocks = _num_covering(lines, gamma) // block_size + 1
             is_kept |= _largest(_by_block(lines, block_size), num_blocks)
-        is_kept[:, 0] = is_kept[:, -1] = True
         return is_kept
 
 
@@ -155,11 +224,15 @@ def _with_own_block(pooled: torch.Tensor, scores: torch.Tensor, block_size: int)
 
     ``pooled`` is [..., M - 1], ``scores`` [..., S, keys].
     """
-    own = scores[..., pooled.shape[-1] * block_size :]
-    is_visible = own > float("-inf")
-    total = own.masked_fill(~is_visible, 0.0).sum((-2, -1))
-    mean = total / is_visible.sum((-2, -1)).clamp(min=1)
-    return torch.cat([pooled, mean[..., None]], -1)
+    own = _visible_mean(scores[..., pooled.shape[-1] * block_size :])
+    return torch.cat([pooled, own[..., None]], -1)
+
+
+def _visible_mean(scores: torch.Tensor) -> torch.Tensor:
+    """[...] mean of those of the scores [..., S, keys] that are not -inf."""
+    is_visible = scores > float("-inf")
+    total = scores.masked_fill(~is_visible, 0.0).sum((-2, -1))
+    return total / is_visible.sum((-2, -1)).clamp(min=1)
 
 
 def _by_block(mass: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -201,6 +274,4 @@ def _num_covering(mass: torch.Tensor, share: float) -> torch.Tensor:
 
 def _largest(mass: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """[H, M] bool, the largest ``counts`` [H, 1] entries of [H, M], none of them 0."""
-    order = mass.argsort(dim=-1, descending=True, stable=True)
-    is_chosen = torch.arange(mass.shape[-1], device=mass.device) < counts
-    return torch.zeros_like(is_chosen).scatter(-1, order, is_chosen) & (mass > 0)
+    return selection.largest(mass, counts) & (mass > 0)

@@ -27,11 +27,13 @@ from torch.nn import functional
 from typing_extensions import override
 
 from sparse_methods.block_method import SCORE_BLOCK, BlockKnobs, BlockMethod, ScoreTiles
+from sparse_methods.kernels import selection
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
 
 _TILES_AT_ONCE = 16  # whose sampled rows are multiplied with the keys together
 _MAX_PRODUCTS = 1 << 29  # held at a time, if one tile has no more: 1 GiB in bfloat16
+_MAX_TOGETHER = 1 << 27  # the same where all of them become scores at once: 512 MiB in float32
 
 
 @register_sparse_method("vertical_slash", version="v1")
@@ -84,8 +86,13 @@ class VerticalSlash(BlockMethod):
     @override
     def select_prefill(self, view: PrefillView) -> BlockSelection:
         size, stride = view.block_size, self.knobs.row_stride
+        if selection.has_kernels(view.query):  # where a launch costs more than a wider row
+            slabs = self._products(view, _MAX_TOGETHER)
+            kept = [self._keep_together(view, tile, products) for tile, products in slabs]
+            return BlockSelection.of(torch.cat(kept, 1))
         is_kept = view.visible.expand(view.num_kv_heads, -1, -1).clone()
-        for tile, products in enumerate(self._products(view)):
+        slabs = self._products(view, _MAX_PRODUCTS)
+        for tile, products in enumerate(t for _, slab in slabs for t in slab.unbind(2)):
             own = view.first_block + tile
             num_rows = min(size, view.num_rows - tile * size)
             scores = products[..., : own * size + num_rows].float().mul_(view.scale)
@@ -93,25 +100,51 @@ class VerticalSlash(BlockMethod):
             is_kept[:, tile, : own + 1] = self._keep(scores, own, size)
         return BlockSelection.of(is_kept)
 
-    def _products(self, view: PrefillView) -> Iterator[torch.Tensor]:
-        """Per tile, [Hkv, G, S, keys] products of its sampled rows with keys up to its last row.
+    def _products(self, view: PrefillView, max_products: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Number of the first of some tiles, and products of their sampled rows with keys.
 
-        Tiles that sample alike are multiplied together: a few rows at a time would read all keys
-        again for each tile.
+        The products are [Hkv, G, n, S, keys up to the last row of the last of these tiles]. Tiles
+        that sample alike are multiplied together: a few rows at a time would read all keys again
+        for each tile.
         """
         size, stride = view.block_size, self.knobs.row_stride
         keys, tiles = view.gather_keys().transpose(1, 2), view.query_tiles()
         num_full, tile = view.num_rows // size, 0
         per_tile = tiles[:, :, 0, ::stride, 0].numel() * view.kv_len
-        most = min(_TILES_AT_ONCE, _MAX_PRODUCTS // per_tile)
+        most = min(_TILES_AT_ONCE, max_products // per_tile)
         while tile < view.num_tiles:
             count = max(1, min(most, num_full - tile))
             num_rows = min(size, view.num_rows - tile * size)
             rows = tiles[:, :, tile : tile + count, (num_rows - 1) % stride : num_rows : stride]
             stop = (view.first_block + tile + count - 1) * size + num_rows
             products = rows.flatten(1, 3) @ keys[..., :stop]
-            yield from products.unflatten(1, rows.shape[1:4]).unbind(2)
+            yield tile, products.unflatten(1, rows.shape[1:4])
             tile += count
+
+    def _keep_together(
+        self, view: PrefillView, first_tile: int, products: torch.Tensor
+    ) -> torch.Tensor:
+        """[Hkv, n, M] bool, what ``_keep`` keeps of each of the tiles that ``_products`` joins."""
+        size, knobs = view.block_size, self.knobs
+        num_tiles, num_rows, num_keys = products.shape[2:]
+        own = view.tile_blocks[first_tile : first_tile + num_tiles, None]
+        blocks = torch.arange(view.num_blocks, device=own.device)
+        is_choice = (blocks >= knobs.sink_blocks) & (blocks <= own - knobs.recent_blocks)
+        last_row = (min(size, view.num_rows - first_tile * size) - 1) + own * size
+        steps = torch.arange(1 - num_rows, 1, device=own.device) * knobs.row_stride
+        is_hidden = torch.arange(num_keys, device=own.device) > (last_row + steps)[..., None]
+        scores = products.float().mul_(view.scale).masked_fill_(is_hidden, float("-inf"))
+        by_row = scores.softmax(-1).mean(1) / num_rows  # [Hkv, n, S, keys]
+        by_row = functional.pad(by_row, (0, view.num_blocks * size - num_keys))
+        by_row.unflatten(-1, (-1, size)).mul_(is_choice[:, None, :, None])
+        flat = by_row.flatten(0, 1)
+        columns = flat.sum(-2).unflatten(-1, (-1, size)).sum(-1)
+        is_read = _largest(columns, knobs.vertical_blocks, knobs.min_share)
+        diagonals = _diagonals(flat, knobs.row_stride, size)
+        is_chosen = _largest(diagonals, knobs.slash_diagonals, knobs.min_share)
+        is_read |= _crossed(is_chosen, size)
+        is_kept: torch.Tensor = is_read.unflatten(0, by_row.shape[:2]) & is_choice
+        return is_kept | ((blocks <= own) & ~is_choice)
 
     @override
     def keep_from_scores(self, tiles: ScoreTiles) -> torch.Tensor:

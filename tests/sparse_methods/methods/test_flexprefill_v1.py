@@ -220,3 +220,25 @@ GOLDEN = [
     [[0, 1, 2, 4, 5, 6, 7], [0, 3, 5, 7]],
     [[0, 2, 3, 4, 5, 6, 9], [0, 4, 7, 8, 9]],
 ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tiles_decided_together_read_what_each_reads_alone(seed):
+    """Together is how they are decided on a GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens, size = 500 + 97 * seed, (16, 32, 64)[seed % 3]
+    query, keys = (1.5 * torch.randn(num_tokens, n, 16, generator=generator) for n in (6, 2))
+    view = paged.prefill_view(query, keys, block_size=size, start=seed % 2 * 4 * size)
+    method = FlexPrefill(
+        {
+            "gamma": (0.3, 0.6, 0.9)[seed % 3],
+            "tau": (0.0, 0.3, 0.5)[seed // 2],
+            "min_budget_blocks": 1 + seed % 2,
+            "row_stride": (1, 3, 16)[seed // 2],
+        }
+    )
+    together = BlockSelection.of(method._kept_together(view, 1 << 15))
+    alone = method.select_prefill(view)
+    assert torch.equal(together.counts, alone.counts)
+    assert torch.equal(together.indices, alone.indices)
+    assert (alone.counts.sum(0) < view.visible.sum()).any()

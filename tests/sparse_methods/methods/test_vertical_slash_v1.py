@@ -210,3 +210,27 @@ GOLDEN = [
     [[0, 2, 5, 6, 7], [0, 2, 4, 6, 7]],
     [[0, 2, 6, 8, 9], [0, 4, 7, 8, 9]],
 ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tiles_decided_together_read_what_each_reads_alone(seed):
+    """Together is how they are decided on a GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens, size = 500 + 97 * seed, (16, 32, 64)[seed % 3]
+    query, keys = (1.5 * torch.randn(num_tokens, n, 16, generator=generator) for n in (6, 2))
+    view = paged.prefill_view(query, keys, block_size=size, start=seed % 2 * 4 * size)
+    method = VerticalSlash(
+        {
+            "vertical_blocks": seed,
+            "slash_diagonals": (0, 3, 9)[seed % 3],
+            "sink_blocks": 1 + seed % 2,
+            "recent_blocks": 1 + seed % 3,
+            "row_stride": (1, 3, 16)[seed // 2],
+            "min_share": 0.001,
+        }
+    )
+    slabs = method._products(view, 1 << 14)
+    table = torch.cat([method._keep_together(view, tile, slab) for tile, slab in slabs], 1)
+    alone = method.select_prefill(view)
+    assert torch.equal(BlockSelection.of(table).counts, alone.counts)
+    assert torch.equal(BlockSelection.of(table).indices, alone.indices)
