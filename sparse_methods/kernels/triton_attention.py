@@ -22,7 +22,8 @@ def attend(inputs: AttentionInputs) -> AttentionOutputs:
     blocks, kv_elements = count_selected(inputs)
     if inputs.log_thresholds is not None:
         blocks[..., 2] += workspace.skipped
-        kv_elements[:, 0] -= workspace.unread_keys.sum(1) * inputs.geometry.value_dim
+        unread = workspace.unread_keys.sum(1)
+        kv_elements[:, 0].sub_(unread, alpha=inputs.geometry.value_dim)
     return AttentionOutputs(workspace.output, workspace.lse, blocks, kv_elements)
 
 

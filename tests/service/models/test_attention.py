@@ -22,8 +22,8 @@ ROWS = torch.tensor([2, 5])  # request slots 1 and 2; prompt and generated
 
 
 def attention_of(geometries, implementation=reference.attend):
-    caches = [
-        tuple(torch.randn(8, BLOCK, g.num_kv_heads, 16, generator=torch.Generator()) for _ in "kv")
+    caches: list[tuple[torch.Tensor, torch.Tensor]] = [
+        (torch.randn(8, BLOCK, g.num_kv_heads, 16), torch.randn(8, BLOCK, g.num_kv_heads, 16))
         for g in geometries
     ]
     return PagedAttention(geometries, caches, implementation, num_slots=4)
