@@ -64,10 +64,10 @@ def test_gated_products(num_rows, width, activation, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
 def test_rotations(heads, dtype):
+    rows, cosines, sines, _ = rotary_case(heads, 5)
     heads = replace(
         heads, query_norm=moved(heads.query_norm, dtype), key_norm=moved(heads.key_norm, dtype)
     )
-    rows, cosines, sines, _ = rotary_case(heads, 5)
     rows, cosines, sines = (moved(tensor, dtype) for tensor in (rows, cosines, sines))
     actual = triton_modules.rotate(rows, cosines, sines, heads)
     for mine, expected in zip(actual, eager.rotate(rows, cosines, sines, heads), strict=True):
