@@ -93,6 +93,12 @@ def main(*, quick: bool = False, warmup: bool = False, write: bool = True) -> No
         clustered = _clustered(inputs, share)
         _report(results, f"thresholds, {share} skipped", skipping(clustered, cudnn, rep_ms))
         _report(results, f"predictive_skip, {share}", selected(clustered, method, cudnn, rep_ms))
+        alike = _clustered(inputs, share, of_groups=True)
+        _report(
+            results,
+            f"predictive_skip, {share}, groups alike",
+            selected(alike, method, cudnn, rep_ms),
+        )
     if warmup:
         _report(results, "dense 32768, ms", variants(inputs, _VARIANTS, rep_ms))
         listed = replace(inputs, lists=_random_lists(inputs, 0.26))
@@ -248,15 +254,21 @@ def _random_lists(inputs: AttentionInputs, density: float) -> BlockLists:
     )
 
 
-def _clustered(inputs: AttentionInputs, share: float) -> AttentionInputs:
+def _clustered(
+    inputs: AttentionInputs, share: float, *, of_groups: bool = False
+) -> AttentionInputs:
     """Queries of a run of tokens follow one direction; runs of keys score high for some.
 
-    The first run scores high for all, so what is low there lies 20 nats below the maximum.
+    The first run scores high for all, so what is low there lies 20 nats below the maximum. Query
+    heads have directions of their own, or share that of their group: a list serves a group, so
+    heads that look elsewhere make it longer.
     """
     length, num_clusters = len(inputs.query), _NUM_CLUSTERS
     directions = torch.linalg.qr(torch.randn(128, num_clusters, device="cuda")).Q.T
     runs = length // _CLUSTERED_KEYS
-    cluster = torch.randint(num_clusters, (runs, _GEOMETRY.num_heads), device="cuda")
+    num_different = _GEOMETRY.num_kv_heads if of_groups else _GEOMETRY.num_heads
+    cluster = torch.randint(num_clusters, (runs, num_different), device="cuda")
+    cluster = cluster.repeat_interleave(_GEOMETRY.num_heads // num_different, 1)
     hot = torch.rand(runs, _GEOMETRY.num_kv_heads, num_clusters, device="cuda") >= share
     hot[0] = True
     strength = math.sqrt(20 / _GEOMETRY.scale)
