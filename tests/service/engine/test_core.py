@@ -212,6 +212,23 @@ def test_an_abort_at_any_step_counts_what_was_generated_and_disturbs_nobody(engi
     assert bool(finishes) == (aborted_at <= 12)
 
 
+def test_nobody_gives_way_while_a_token_is_pending(engines):
+    """The younger one's pending token ends it, just when the older one needs a page of its."""
+    sampling = SamplingParams(temperature=1.5, seed=3, max_tokens=12, ignore_eos=True)
+    older = Request([9] * (5 * BLOCK - 4), "dense@v1", sampling)
+    younger = Request([11] * (6 * BLOCK + 1), "dense@v1", sampling)
+    _, (sequence, _) = play(engines[0].core, [replace(older, arrives_at=50), younger])
+    fifth = sequence.output_ids[4]
+    assert fifth not in sequence.output_ids[:4]
+    younger.sampling = replace(sampling, stop_token_ids=(fifth,))
+    _, (_, expected) = play(engines[0].core, [replace(older, arrives_at=50), younger])
+    for engine in engines:
+        engine.events.num_preempted = 0
+        _, (_, given) = play(engine.core, [older, younger])
+        assert_alike(given, expected)
+        assert engine.events.num_preempted == 0
+
+
 def boom(*_):
     raise RuntimeError("out of luck")
 
