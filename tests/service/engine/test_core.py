@@ -214,7 +214,8 @@ def test_an_abort_at_any_step_counts_what_was_generated_and_disturbs_nobody(engi
 
 def test_nobody_gives_way_while_a_token_is_pending(engines):
     """The younger one's pending token ends it, just when the older one needs a page of its."""
-    sampling = SamplingParams(temperature=1.5, seed=3, max_tokens=12, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    sampling = replace(greedy, repetition_penalty=100.0)  # no token comes twice
     older = Request([9] * (5 * BLOCK - 4), "dense@v1", sampling)
     younger = Request([11] * (6 * BLOCK + 1), "dense@v1", sampling)
     _, (sequence, _) = play(engines[0].core, [replace(older, arrives_at=50), younger])
