@@ -1,7 +1,8 @@
 """Our engine with random weights in the shape of Llama 3.1 8B on a GPU: prefill and decode.
 
-``python -m benchmarks.llama`` prints time to first token and milliseconds per decode step; the
-last column is the best figure known of another engine on an H100 (vLLM 0.23.0, FlashAttention 3,
+``python -m benchmarks.llama`` prints time to first token and milliseconds per decode step, twice:
+of the model runner alone, and of the engine with scheduling, sampling and text. The last column
+compares with the best figure known of another engine on an H100 (vLLM 0.23.0, FlashAttention 3,
 CUDA graphs; measured on the same shapes).
 """
 
@@ -14,13 +15,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
 from benchmarks.report import save
+from service.engine.core import EngineCore
+from service.engine.events import NoEvents
 from service.engine.kv_cache import PageAllocator
 from service.engine.model_runner import ModelRunner
-from service.engine.scheduler import Chunk
+from service.engine.sampler import Sampler
+from service.engine.scheduler import Chunk, Limits, Scheduler
 from service.engine.sequence import SamplingParams, Sequence
+from service.engine.stopping import OutputBuilder
+from service.engine.tokenizer import Tokenizer
 from service.models.attention import NAME
 from service.models.discovery import discover
 from service.models.hugging_face import set_attention
+from service.models.loading import default_model_directory
 from service.models.surgery import fuse_modules
 from sparse_methods import get_sparse_method
 
@@ -89,7 +96,7 @@ def build_runner(num_layers: int = 32, *, fuse: bool = True) -> ModelRunner:
 
 def measure(runner: ModelRunner, name: str, longest: int, chunk: int) -> dict[str, Any]:
     """Seconds to the first token, and milliseconds per decode step, by shape."""
-    result: dict[str, Any] = {"first_token_s": {}, "step_ms": {}}
+    result: dict[str, Any] = {"first_token_s": {}, "step_ms": {}, "engine_step_ms": {}}
     print(f"\n{name}")
     for length, peer in _PEER_FIRST_TOKEN_S.items():
         if length <= longest:
@@ -98,10 +105,11 @@ def measure(runner: ModelRunner, name: str, longest: int, chunk: int) -> dict[st
             print(f"  first token {length:7d}  {seconds:8.4f} s   ratio {peer / seconds:5.2f}")
     for (batch, length), peer in _PEER_STEP_MS.items():
         if length <= longest:
-            milliseconds = decode_step(runner, name, batch, length)
-            result["step_ms"][f"{batch}x{length}"] = milliseconds
-            ratio = peer / milliseconds
-            print(f"  decode {batch:4d}x{length:<7d} {milliseconds:8.3f} ms  ratio {ratio:5.2f}")
+            for figure, time_step in (("step_ms", decode_step), ("engine_step_ms", engine_step)):
+                milliseconds = time_step(runner, name, batch, length)
+                result[figure][f"{batch}x{length}"] = milliseconds
+                ratio, shape = peer / milliseconds, f"{batch:4d}x{length:<7d}"
+                print(f"  {figure:14s} {shape} {milliseconds:8.3f} ms  ratio {ratio:5.2f}")
     return result
 
 
@@ -155,13 +163,58 @@ def decode_step(
     return (time.perf_counter() - started_at) / num_steps * 1e3
 
 
+def engine_step(
+    runner: ModelRunner, name: str, batch: int, length: int, num_steps: int = 40
+) -> float:
+    """Milliseconds per decode step of the whole engine, greedy, with the text of every token.
+
+    Prompts count as computed but for their last token, like those of ``decode_step``.
+    """
+    names = name.split("+")
+    pages = PageAllocator(runner.num_pages, _BLOCK)
+    scheduler = Scheduler(Limits(8192, 160, _BLOCK), pages)
+    core = _engine_core(runner, scheduler)
+    for index in range(batch):
+        sequence = _sequence(names[index % len(names)], length - num_steps - 8, index)
+        if not pages.try_reserve(sequence, sequence.num_prompt_tokens):
+            raise MemoryError("the cache is too small")
+        sequence.num_computed_tokens = sequence.num_prompt_tokens - 1
+        core.add(sequence)
+        scheduler.waiting.remove(sequence)  # as if it had been admitted long ago
+        scheduler.running.append(sequence)
+
+    for _ in range(5):
+        core.step()
+    torch.cuda.synchronize()
+    started_at = time.perf_counter()
+    for _ in range(num_steps):
+        if len(core.step()) != batch:
+            raise RuntimeError("a step did not give everybody a token")
+    seconds = time.perf_counter() - started_at
+    torch.cuda.synchronize()
+    return seconds / num_steps * 1e3
+
+
+def _engine_core(runner: ModelRunner, scheduler: Scheduler) -> EngineCore:
+    """An engine around the runner; tokens beyond the built-in tokenizer's get no text."""
+    tokenizer = Tokenizer.load(default_model_directory(), frozenset())
+    return EngineCore(
+        runner=runner,
+        scheduler=scheduler,
+        sampler=Sampler(runner.device, _CONFIG["vocab_size"]),
+        events=NoEvents(),
+        text_output=lambda s: OutputBuilder(tokenizer, s.prompt_ids, s.sampling),
+        runs_ahead=True,
+    )
+
+
 def _sequence(name: str, num_prompt: int, slot: int) -> Sequence:
     generator = torch.Generator().manual_seed(slot)
     return Sequence(
         request_id=str(slot),
         prompt_ids=torch.randint(8, 100_000, (num_prompt,), generator=generator).tolist(),
         method=get_sparse_method(name)(),
-        sampling=SamplingParams(),
+        sampling=SamplingParams(temperature=0, max_tokens=10**6, ignore_eos=True),
         generator=generator,
         slot=slot,
     )

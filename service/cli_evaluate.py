@@ -23,6 +23,7 @@ _NOT_OURS = (
     "shutdown_timeout_s",
     "stall_timeout_s",
     "max_waiting_requests",
+    "run_ahead",
 )
 _WIDTH = 220  # of a table that no terminal bounds, characters
 
@@ -103,7 +104,9 @@ def _run(settings: Settings, options: EvaluateOptions, methods: list[str]) -> No
         text=options.text,
     )
     with LoadingBar(Console(stderr=True)) as bar:
-        engine = Engine.load(settings, NoEvents(), bar)
+        # Probes see every row that runs, so none may run whose sequence has ended.
+        waiting = settings.model_copy(update={"run_ahead": False})
+        engine = Engine.load(waiting, NoEvents(), bar)
         evaluator = Evaluator(engine, settings.model or default_model_directory(), plan)
         results = Results(options.output, evaluator.conditions(), evaluator.environment())
         cells = evaluator.run(results, lambda done, total: bar("cells", done, total))

@@ -45,6 +45,10 @@ class Settings(BaseSettings):
         64, ge=1, le=1024, description="Generations that run at once."
     )
     max_waiting_requests: int = Field(256, ge=0, le=65536, description="Length of the queue.")
+    run_ahead: bool | None = Field(
+        None,
+        description="Launch a step before the last one's tokens are known; unset does on a GPU.",
+    )
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="Size of the KV cache; unset takes a share of the free memory."
     )

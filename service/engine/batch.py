@@ -9,6 +9,7 @@ import torch
 from service.engine.grouping import OwnedTile, group_adaptive, group_tiles, overrides
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
+from service.engine.transfer import to_device
 from service.models.attention import AttentionBatch
 from sparse_methods.kernels.operation import PageTable, QueryTiles, Tile
 from sparse_methods.kernels.page_summary import PageSegments
@@ -53,8 +54,8 @@ def build_batch(chunks: Items[Chunk], block_size: int, device: torch.device) -> 
     owned = [OwnedTile(*pair) for pair in zip(tiles, owners, strict=True)]
     methods = {chunk.sequence.method for chunk in chunks}
     attention = AttentionBatch(
-        slot_mapping=slots.to(device),
-        page_table=PageTable(page_table.to(device)),
+        slot_mapping=to_device(slots, device),
+        page_table=PageTable(to_device(page_table, device)),
         tiles=QueryTiles(tuple(tiles), block_size, device),
         counter_rows=_counter_rows(owned, device),
         groups=group_tiles(owned, page_table, block_size, device),
@@ -69,9 +70,9 @@ def build_batch(chunks: Items[Chunk], block_size: int, device: torch.device) -> 
         scores_pages=any(overrides(method, "score_pages") for method in methods),
     )
     return Batch(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=positions.to(device),
-        last_rows=torch.tensor(last_rows, dtype=torch.int64, device=device),
+        token_ids=to_device(token_ids, device),
+        positions=to_device(positions, device),
+        last_rows=to_device(last_rows, device, torch.int64),
         completed=[chunk.sequence for chunk in chunks if chunk.completes],
         attention=attention,
     )
@@ -115,14 +116,14 @@ def _segments(chunks: Items[Chunk], block_size: int, device: torch.device) -> Pa
             lengths.append(min(chunk.stop, (page + 1) * block_size) - start)
             continues.append(start % block_size != 0)
     columns = (pages, lengths, continues)
-    return PageSegments(*(torch.tensor(column, device=device) for column in columns))
+    return PageSegments(*(to_device(column, device) for column in columns))
 
 
 def _log_thresholds(tiles: list[OwnedTile], device: torch.device) -> torch.Tensor | None:
     values = [_log_threshold(tile) for tile in tiles]
     if all(value == -math.inf for value in values):
         return None
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return to_device(values, device, torch.float32)
 
 
 def _log_threshold(tile: OwnedTile) -> float:
@@ -134,9 +135,9 @@ def _log_threshold(tile: OwnedTile) -> float:
 
 def _diagonal_first(tiles: list[OwnedTile], device: torch.device) -> torch.Tensor | None:
     values = [tile.owner.method.visits_diagonal_first(tile.phase) for tile in tiles]
-    return torch.tensor(values, device=device) if any(values) else None
+    return to_device(values, device) if any(values) else None
 
 
 def _counter_rows(tiles: list[OwnedTile], device: torch.device) -> torch.Tensor:
     rows = [(t.owner.slot or 0) * len(PHASES) + PHASES.index(t.phase) for t in tiles]
-    return torch.tensor(rows, device=device)
+    return to_device(rows, device)

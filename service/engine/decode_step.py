@@ -4,12 +4,21 @@ The step is padded to a fixed number of rows, and all that differs from step to 
 the same kernels can run again and again, captured once in a CUDA graph.
 """
 
-import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
 
+from service.engine.decode_inputs import (
+    DIAGONAL_FIRST,
+    METHOD,
+    NUM_FIELDS,
+    POSITION,
+    PROMPT_LEN,
+    SLOT,
+    TOKEN,
+    HostInputs,
+)
 from service.engine.grouping import overrides
 from service.engine.scheduler import Chunk
 from service.models.attention import AttentionBatch
@@ -19,9 +28,6 @@ from sparse_methods.kernels.page_summary import PageSegments
 from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.statistics import PHASES
 from sparse_methods.views import Phase
-
-_TOKEN, _POSITION, _SLOT, _PROMPT_LEN, _METHOD, _DIAGONAL_FIRST, _NUM_FIELDS = range(7)
-_DENSE = -1  # number of no method: the row reads everything
 
 
 def is_decode_step(chunks: Items[Chunk]) -> bool:
@@ -81,48 +87,36 @@ class DecodeStep:
     ) -> None:
         self.shape = shape
         self._block_size = block_size
-        self._spare = (spare_page, spare_slot)
-        size = (shape.num_rows, _NUM_FIELDS + shape.num_pages)
-        is_cuda = device.type == "cuda"
-        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
-        self._host_thresholds = torch.zeros(shape.num_rows, pin_memory=is_cuda)
-        self._fields = torch.zeros(size, dtype=torch.int64, device=device)
+        size = (shape.num_rows, shape.num_pages)
+        # Two, because the next step is described while the device may not have read this one.
+        self._inputs = [
+            HostInputs(
+                size,
+                shape.methods,
+                (spare_page, spare_slot),
+                is_pinned=device.type == "cuda",
+            )
+            for _ in range(2)
+        ]
+        self._fields = torch.zeros_like(self._inputs[0].fields, device=device)
         self._thresholds = torch.zeros(shape.num_rows, device=device)
 
     @property
     def token_ids(self) -> torch.Tensor:
         """[num_rows] int64."""
-        return self._fields[:, _TOKEN]
+        return self._fields[:, TOKEN]
 
     @property
     def positions(self) -> torch.Tensor:
         """[num_rows] int64."""
-        return self._fields[:, _POSITION]
+        return self._fields[:, POSITION]
 
     def fill(self, chunks: Items[Chunk]) -> None:
         """Describe the next step; two copies to the device, which nobody waits for."""
-        spare_page, spare_slot = self._spare
-        fields, thresholds = [], []
-        for chunk in chunks:
-            sequence, position = chunk.sequence, chunk.start
-            method = sequence.method
-            kv_len = position + 1
-            is_sparse = kv_len >= method.break_even(Phase.DECODE)
-            number = self._number(method) if is_sparse else _DENSE
-            threshold = method.skip_threshold(Phase.DECODE, kv_len) if is_sparse else None
-            diagonal_first = int(method.visits_diagonal_first(Phase.DECODE))
-            pages = sequence.pages + [0] * (self.shape.num_pages - len(sequence.pages))
-            [token_id] = sequence.tokens(position, kv_len)
-            slot, prompt_len = sequence.slot or 0, sequence.num_prompt_tokens
-            fields.append([token_id, position, slot, prompt_len, number, diagonal_first, *pages])
-            thresholds.append(-math.inf if threshold is None else math.log(threshold))
-        padding = [0, 0, spare_slot, 1, _DENSE, 0, spare_page] + [0] * (self.shape.num_pages - 1)
-        missing = self.shape.num_rows - len(chunks)
-        # Whoever reads the last step's tokens has waited for it, so the host's buffers are free.
-        self._host.copy_(torch.tensor(fields + [padding] * missing))
-        self._host_thresholds.copy_(torch.tensor(thresholds + [-math.inf] * missing))
-        self._fields.copy_(self._host, non_blocking=True)
-        self._thresholds.copy_(self._host_thresholds, non_blocking=True)
+        self._inputs.reverse()
+        inputs = self._inputs[0]
+        inputs.describe(chunks)
+        inputs.send(self._fields, self._thresholds)
 
     def batch(self, tiles: tuple[Tile, ...] | None = None) -> AttentionBatch:
         """What the attention layers read: operations on the buffers, captured with the step.
@@ -137,7 +131,7 @@ class DecodeStep:
             )
         positions, methods = self.positions, self.shape.methods
         has_thresholds = self.shape.has_thresholds
-        pages = self._fields[:, _NUM_FIELDS:]
+        pages = self._fields[:, NUM_FIELDS:]
         own_pages = pages.gather(1, positions[:, None] // self._block_size)[:, 0]
         offsets = positions % self._block_size
         uses_summaries = any(method.uses_summaries for method in methods)
@@ -146,11 +140,11 @@ class DecodeStep:
             slot_mapping=own_pages * self._block_size + offsets,
             page_table=PageTable(pages),
             tiles=QueryTiles.of_rows(tiles, self._block_size, positions),
-            counter_rows=self._fields[:, _SLOT] * len(PHASES) + decode_row,
+            counter_rows=self._fields[:, SLOT] * len(PHASES) + decode_row,
             groups=[self._group(m) for m in methods if overrides(m, "select_decode")],
             log_thresholds=self._thresholds if has_thresholds else None,
             adaptive=[self._adaptive(m) for m in methods if _is_adaptive(m)],
-            diagonal_first=self._fields[:, _DIAGONAL_FIRST].bool() if has_thresholds else None,
+            diagonal_first=self._fields[:, DIAGONAL_FIRST].bool() if has_thresholds else None,
             segments=(
                 PageSegments(own_pages, torch.ones_like(own_pages), offsets > 0)
                 if uses_summaries
@@ -159,12 +153,8 @@ class DecodeStep:
             scores_pages=any(overrides(method, "score_pages") for method in methods),
         )
 
-    def _number(self, method: SparseAttentionMethod) -> int:
-        methods = self.shape.methods
-        return methods.index(method) if method in methods else _DENSE
-
     def _members(self, method: SparseAttentionMethod) -> torch.Tensor:
-        return self._fields[:, _METHOD] == self._number(method)
+        return self._fields[:, METHOD] == self.shape.methods.index(method)
 
     def _group(self, method: SparseAttentionMethod) -> DecodeGroup:
         rows = torch.arange(self.shape.num_rows, device=self._fields.device)
@@ -173,9 +163,9 @@ class DecodeStep:
             tiles=rows,
             rows=rows,
             kv_lens=(self.positions + 1).to(torch.int32),
-            prompt_lens=self._fields[:, _PROMPT_LEN].to(torch.int32),
-            pages=self._fields[:, _NUM_FIELDS:],
-            slots=self._fields[:, _SLOT],
+            prompt_lens=self._fields[:, PROMPT_LEN].to(torch.int32),
+            pages=self._fields[:, NUM_FIELDS:],
+            slots=self._fields[:, SLOT],
             members=self._members(method),
         )
 

@@ -207,12 +207,14 @@ class Engine:
         return EngineCore(
             runner=runner,
             scheduler=Scheduler(limits, pages),
-            pages=pages,
             sampler=Sampler(runner.device, self.tokenizer.vocab_size, self.tokenizer.eos_token_ids),
             events=self.events,
             text_output=lambda sequence: OutputBuilder(
                 self.tokenizer, sequence.prompt_ids, sequence.sampling
             ),
+            runs_ahead=runner.device.type == "cuda"
+            if settings.run_ahead is None
+            else settings.run_ahead,
         )
 
     def _check_admission(self, num_choices: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from service.engine.sequence import Sequence
+from service.engine.transfer import to_device
 from service.models.selection import DecodeGroup, PrefillGroup, ThresholdGroup
 from sparse_methods.kernels.operation import Tile
 from sparse_methods.method import SparseAttentionMethod
@@ -81,8 +82,8 @@ def group_adaptive(tiles: Items[OwnedTile], device: torch.device) -> list[Thresh
         ThresholdGroup(
             method=method,
             phase=phase,
-            tiles=torch.tensor(indices, device=device),
-            kv_lens=torch.tensor([tiles[i].length for i in indices], device=device),
+            tiles=to_device(indices, device),
+            kv_lens=to_device([tiles[i].length for i in indices], device),
         )
         for (method, phase), indices in members.items()
     ]
@@ -104,7 +105,7 @@ def _prefill_group(
         rows=slice(first.first_row, last.first_row + last.num_rows),
         position=first.position,
         prompt_len=owner.num_prompt_tokens,
-        pages=page_table[first.request, :num_pages].to(device),
+        pages=to_device(page_table[first.request, :num_pages], device),
         slot=owner.slot or 0,
     )
 
@@ -116,12 +117,10 @@ def _decode_group(
     owners = [owned.owner for _, owned in members]
     return DecodeGroup(
         method=owners[0].method,
-        tiles=torch.tensor([index for index, _ in members], device=device),
-        rows=torch.tensor([tile.first_row for tile in tiles], device=device),
-        kv_lens=torch.tensor([t.kv_len for t in tiles], dtype=torch.int32, device=device),
-        prompt_lens=torch.tensor(
-            [owner.num_prompt_tokens for owner in owners], dtype=torch.int32, device=device
-        ),
-        pages=page_table[torch.tensor([tile.request for tile in tiles])].to(device),
-        slots=torch.tensor([owner.slot or 0 for owner in owners], device=device),
+        tiles=to_device([index for index, _ in members], device),
+        rows=to_device([tile.first_row for tile in tiles], device),
+        kv_lens=to_device([tile.kv_len for tile in tiles], device, torch.int32),
+        prompt_lens=to_device([owner.num_prompt_tokens for owner in owners], device, torch.int32),
+        pages=to_device(page_table[torch.tensor([tile.request for tile in tiles])], device),
+        slots=to_device([owner.slot or 0 for owner in owners], device),
     )

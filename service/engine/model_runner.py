@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from service.engine.batch import build_batch
+from service.engine.counter_snapshot import CounterSnapshot
 from service.engine.decode_step import DecodeShape, DecodeStep, host_tiles, is_decode_step
 from service.engine.graphs import DecodeGraphs
 from service.engine.kv_cache import allocate_caches
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
+from service.engine.transfer import to_device
 from service.models.attention import AttentionBatch, PagedAttention, bind
 from sparse_methods.kernels import pick_cache_writer, pick_implementation, prepare
 from sparse_methods.kernels.operation import LayerGeometry
@@ -29,6 +31,7 @@ class ModelRunner:
 
     Attributes:
         attention: What the attention modules of the model call.
+        num_runs: How often ``run`` was begun.
     """
 
     def __init__(
@@ -61,6 +64,9 @@ class ModelRunner:
             pick_cache_writer(self.attention_name),
         )
         bind(self.attention, [module for module, _ in modules])
+        self.num_runs = 0
+        self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self.device)
+        self._before_run: CounterSnapshot | None = None
         self._graphs: DecodeGraphs | None = None
         if self.device.type == "cuda":
             self._graphs = DecodeGraphs(self._forward, self.new_decode_step)
@@ -76,12 +82,21 @@ class ModelRunner:
         for chunk in chunks:
             if chunk.start == 0:
                 self._reset_statistics(chunk.sequence)
+        self.num_runs += 1
+        if self._before_run is not None:
+            self._before_run.take()
         if self._graphs is not None and is_decode_step(chunks):
             return self._graphs.run(chunks), [chunk.sequence for chunk in chunks]
         batch = build_batch(chunks, self.block_size, self.device)
         # A step that completes nobody still needs one row: an empty index keeps no logits.
         logits = self._forward(batch.token_ids, batch.positions, batch.attention, batch.last_rows)
         return logits, batch.completed
+
+    @torch.inference_mode()
+    def keep_tokens(self, sequences: Items[Sequence], token_ids: torch.Tensor) -> None:
+        """Let later runs find the tokens [S] just chosen, negative for failed rows, by slot."""
+        slots = to_device([sequence.slot or 0 for sequence in sequences], self.device, torch.int64)
+        self._last_tokens.index_copy_(0, slots, token_ids.clamp_min(0))
 
     @torch.inference_mode()
     def run_padded_step(self, chunks: Items[Chunk]) -> torch.Tensor:
@@ -110,17 +125,30 @@ class ModelRunner:
         rows = torch.arange(len(batch.token_ids), device=self.device)
         return self._forward(batch.token_ids, batch.positions, batch.attention, rows)
 
-    def statistics(self, sequence: Sequence) -> RequestStatistics:
-        """What the sequence's attention read since it was (last) started."""
+    def keep_statistics(self) -> None:
+        """From now on, keep the statistics as they are before each run, too."""
+        counters = (self.attention.block_counters, self.attention.element_counters)
+        self._before_run = CounterSnapshot(counters)
+
+    def statistics(self, sequence: Sequence, num_runs: int | None = None) -> RequestStatistics:
+        """What the sequence's attention read since it was (last) started.
+
+        Args:
+            sequence: It must run.
+            num_runs: Runs that count, all but the last one at least; fewer than all need
+                ``keep_statistics``. None counts all.
+        """
         if sequence.slot is None:
             return RequestStatistics()
         first = sequence.slot * len(PHASES)
         rows = slice(first, first + len(PHASES))
-        return read_statistics(
-            self.attention.block_counters[:, rows],
-            self.attention.element_counters[:, rows] * self.dtype.itemsize,
-            [geometry.num_heads for geometry in self.geometries],
-        )
+        if self._before_run is not None and num_runs is not None and num_runs < self.num_runs:
+            blocks, elements = self._before_run.read(rows)
+        else:
+            blocks = self.attention.block_counters[:, rows]
+            elements = self.attention.element_counters[:, rows]
+        heads = [geometry.num_heads for geometry in self.geometries]
+        return read_statistics(blocks, elements * self.dtype.itemsize, heads)
 
     def _forward(
         self,
@@ -132,7 +160,7 @@ class ModelRunner:
         """[S, V] logits of the packed rows [S] of token ids [T] at positions [T]."""
         with self.attention.running(batch):
             output = self._model(
-                input_ids=token_ids[None],
+                input_ids=self._looked_up(token_ids)[None],
                 position_ids=positions[None],
                 attention_mask=None,
                 use_cache=False,
@@ -140,6 +168,11 @@ class ModelRunner:
             )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _looked_up(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [T] with every reference ``~slot`` replaced by the last token of that slot."""
+        slots = token_ids.bitwise_not().clamp_min(0)
+        return torch.where(token_ids < 0, self._last_tokens[slots], token_ids)
 
     def _reset_statistics(self, sequence: Sequence) -> None:
         """A sequence that starts, or starts over after preemption, counts from zero."""

@@ -1,36 +1,22 @@
 """Chooses the next token of every sequence of a step.
 
 A row's token never depends on the rows beside it: each sequence brings its own generator, and the
-draw adds up integers, whose sum is the same in any order and any batch.
+draw adds up integers, whose sum is the same in any order and any batch. Sampling never waits for
+the device; what was chosen stays there and is on its way to the host when ``sample`` returns.
 """
 
 import math
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 
-from service.engine.sequence import SamplingParams, Sequence, TokenLogprob
+from service.engine.sampled import NO_TOKEN, LogprobReport, Sampled
+from service.engine.sequence import SamplingParams, Sequence
+from service.engine.transfer import to_device, to_host
 
 # Mass of the likeliest token. Any vocabulary below 2^23 sums to less than 2^63, and a token loses
 # its mass only if it is 10^12 times less likely than the likeliest.
 UNIT = 2.0**40
-NO_TOKEN = -1
-
-
-@dataclass(frozen=True)
-class SampleResult:
-    """What one call of the sampler chose.
-
-    Attributes:
-        token_ids: One per row; -1 for a failed one.
-        logprobs: One per row; None where not asked for or failed.
-        failed: Rows whose logits were not finite; their sequences cannot go on.
-    """
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprob | None]
-    failed: list[int]
 
 
 class _History:
@@ -45,17 +31,26 @@ class _History:
         self.in_prompt = torch.zeros(num_ids, dtype=torch.bool, device=device)
         self.output_counts = torch.zeros(num_ids, device=device)
         self._num_counted = 0
-        self.in_prompt[self._known(prompt_ids)] = True
+        self.in_prompt.index_fill_(0, self._known(prompt_ids), value=True)
 
     def update(self, output_ids: list[int]) -> None:
-        """Count the output tokens that came since the last call."""
-        new = self._known(output_ids[self._num_counted :])
-        self._num_counted = len(output_ids)
-        self.output_counts.index_add_(0, new, torch.ones(len(new), device=new.device))
+        """Count output tokens that were not chosen here: all, when a history begins."""
+        new = output_ids[self._num_counted :]
+        if new:
+            self._num_counted = len(output_ids)
+            self._count(self._known(new))
+
+    def choose(self, token_id: torch.Tensor) -> None:
+        """Count the token [1] that was just chosen and that the host does not know yet."""
+        self._num_counted += 1
+        self._count(token_id.clamp_min(0))  # of a failed row, whose sequence ends
+
+    def _count(self, token_ids: torch.Tensor) -> None:
+        self.output_counts.index_add_(0, token_ids, torch.ones_like(token_ids, dtype=torch.float))
 
     def _known(self, token_ids: list[int]) -> torch.Tensor:
         ids = torch.tensor(token_ids, dtype=torch.int64)
-        return ids[(ids >= 0) & (ids < len(self.in_prompt))].to(self.in_prompt.device)
+        return to_device(ids[(ids >= 0) & (ids < len(self.in_prompt))], self.in_prompt.device)
 
 
 class Sampler:
@@ -74,40 +69,46 @@ class Sampler:
         # Weak, because the sampler is not told when a sequence ends.
         self._histories: WeakKeyDictionary[Sequence, _History] = WeakKeyDictionary()
 
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> SampleResult:
+    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Sampled:
         """Choose the next tokens; sequences with a temperature advance their generators.
 
         Args:
             logits: [S, V] of any float type, left untouched; columns beyond the vocabulary are
                 padding and never chosen.
-            sequences: The sequence of each row.
+            sequences: The sequence of each row. Each gets the token chosen for it, or ends.
         """
-        raw = logits[:, : self._vocab_size].float()
-        adjusted = self._mask_stops(self._penalise(raw, sequences), sequences)
+        raw = logits[:, : self._vocab_size]
+        histories = {
+            row: self._history(seq, raw.shape[1])
+            for row, seq in enumerate(sequences)
+            if _has_penalty(seq.sampling)
+        }
+        adjusted = self._mask_stops(self._penalise(raw, histories, sequences), sequences)
         best, token_ids = adjusted.max(dim=-1)  # first of equals; NaN if any is
         random_rows = [i for i, seq in enumerate(sequences) if seq.sampling.temperature > 0]
         if random_rows:
             rows = self._tensor(random_rows)
-            drawn = self._draw(adjusted[rows], best[rows], [sequences[i] for i in random_rows])
+            chosen = [sequences[i] for i in random_rows]
+            drawn = self._draw(adjusted[rows].float(), best[rows].float(), chosen)
             token_ids = token_ids.index_put((rows,), drawn)
-        logprobs = self._report(raw, token_ids, sequences)
-        chosen = torch.where(best.isfinite(), token_ids, NO_TOKEN).tolist()
-        failed = [i for i, token_id in enumerate(chosen) if token_id == NO_TOKEN]
-        for i in failed:
-            logprobs[i] = None
-        return SampleResult(chosen, logprobs, failed)
+        report = self._report(raw, token_ids, sequences)
+        token_ids = torch.where(best.isfinite(), token_ids, NO_TOKEN)
+        for row, history in histories.items():
+            history.choose(token_ids[row : row + 1])
+        return Sampled(token_ids, report)
 
-    def _penalise(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-        penalised = [i for i, seq in enumerate(sequences) if _has_penalty(seq.sampling)]
-        if not penalised:
+    def _penalise(
+        self, logits: torch.Tensor, histories: dict[int, _History], sequences: list[Sequence]
+    ) -> torch.Tensor:
+        if not histories:
             return logits
-        chosen = [sequences[i] for i in penalised]
-        histories = [self._history(seq, logits.shape[1]) for seq in chosen]
-        counts = torch.stack([history.output_counts for history in histories])  # [R, V]
+        chosen = [sequences[row] for row in histories]
+        counts = torch.stack([history.output_counts for history in histories.values()])  # [R, V]
         is_new = counts == 0
-        is_absent = is_new & ~torch.stack([history.in_prompt for history in histories])
+        is_absent = is_new & ~torch.stack([history.in_prompt for history in histories.values()])
 
-        rows = self._tensor(penalised)
+        logits = logits.float()
+        rows = self._tensor(list(histories))
         values = logits[rows]
         repetition = self._column(chosen, "repetition_penalty")
         values = torch.where(
@@ -130,14 +131,14 @@ class Sampler:
         masked = [
             (row, token_id)
             for row, seq in enumerate(sequences)
-            if len(seq.output_ids) < seq.sampling.min_tokens
+            if seq.num_output_tokens < seq.sampling.min_tokens
             for token_id in self._stop_token_ids(seq.sampling)
             if 0 <= token_id < logits.shape[1]
         ]
         if not masked:
             return logits
         rows, columns = self._tensor(masked).unbind(1)
-        return logits.index_put((rows, columns), torch.full((), -math.inf, device=self._device))
+        return logits.index_put((rows, columns), logits.new_full((), -math.inf))
 
     def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
         eos_token_ids: frozenset[int] = frozenset() if sampling.ignore_eos else self._eos_token_ids
@@ -190,41 +191,34 @@ class Sampler:
             [torch.rand((), dtype=torch.float64, generator=seq.generator).item()]
             for seq in sequences
         ]
-        return torch.tensor(values, dtype=torch.float64, device=self._device)
+        return to_device(values, self._device, torch.float64)
 
     def _report(
         self, logits: torch.Tensor, token_ids: torch.Tensor, sequences: list[Sequence]
-    ) -> list[TokenLogprob | None]:
+    ) -> LogprobReport | None:
         """Log-probabilities of the rows whose clients asked for them."""
-        reports: list[TokenLogprob | None] = [None] * len(sequences)
         wanted = {
             i: seq.sampling.logprobs
             for i, seq in enumerate(sequences)
             if seq.sampling.logprobs is not None
         }
         if not wanted:
-            return reports
+            return None
         rows = self._tensor(list(wanted))
-        logprobs = logits[rows].log_softmax(dim=-1)  # [R, V]
-        own_ids = token_ids[rows]
-        own = logprobs.gather(1, own_ids[:, None])[:, 0].tolist()
+        logprobs = logits[rows].float().log_softmax(dim=-1)  # [R, V]
+        own = logprobs.gather(1, token_ids[rows][:, None])[:, 0]
         best = logprobs.topk(min(max(wanted.values()), logits.shape[1]), dim=-1)
-        best_ids, best_logprobs = best.indices.tolist(), best.values.tolist()
-        for k, (i, token_id) in enumerate(zip(wanted, own_ids.tolist(), strict=True)):
-            top = zip(best_ids[k][: wanted[i]], best_logprobs[k], strict=False)
-            possible = tuple((t, logprob) for t, logprob in top if logprob > -math.inf)
-            reports[i] = TokenLogprob(token_id, own[k], possible)
-        return reports
+        return LogprobReport(wanted, to_host(own), to_host(best.indices), to_host(best.values))
 
     def _tensor(self, values: list[int] | list[tuple[int, int]]) -> torch.Tensor:
-        return torch.tensor(values, device=self._device)
+        return to_device(values, self._device)
 
     def _column(
         self, sequences: list[Sequence], parameter: str, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
         """One sampling parameter of each row: [R, 1]."""
         column = [[getattr(seq.sampling, parameter)] for seq in sequences]
-        return torch.tensor(column, dtype=dtype, device=self._device)
+        return to_device(column, self._device, dtype)
 
 
 def _has_penalty(sampling: SamplingParams) -> bool:

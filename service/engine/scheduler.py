@@ -44,6 +44,10 @@ class Limits:
     block_size: int
 
 
+class OutOfPagesError(Exception):
+    """A running sequence needs a page, and nobody may be made to give one up."""
+
+
 class Scheduler:
     """Holds the waiting and the running sequences and deals out each step's token budget."""
 
@@ -54,6 +58,11 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preempted: list[Sequence] = []
+
+    @property
+    def num_pages_used(self) -> int:
+        """Pages owned by sequences."""
+        return self._pages.num_used
 
     @property
     def has_work(self) -> bool:
@@ -72,15 +81,28 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """Pick the next step's work; sequences that gave way are listed in ``preempted``."""
+    def schedule(self, *, may_preempt: bool = True) -> list[Chunk]:
+        """Pick the next step's work; sequences that gave way are listed in ``preempted``.
+
+        Args:
+            may_preempt: False while tokens are pending: a sequence that gave way would lose the
+                slot through which its pending token is found.
+
+        Raises:
+            OutOfPagesError: Somebody would have to give way. Nothing has changed, except that
+                sequences may own pages already that their next tokens need.
+        """
         self.preempted = []
-        chunks, unspent = self._continue_running(self._limits.max_step_tokens)
+        chunks, unspent = self._continue_running(self._limits.max_step_tokens, may_preempt)
         if not self.preempted:
             chunks += self._admit_waiting(unspent)
         return chunks
 
-    def _continue_running(self, budget: int) -> tuple[list[Chunk], int]:
+    def _continue_running(
+        self,
+        budget: int,
+        may_preempt: bool,  # noqa: FBT001 - handed on
+    ) -> tuple[list[Chunk], int]:
         """Decoding sequences come first, so that a long prefill never holds them up."""
         chunks: list[Chunk] = []
         for sequence in sorted(self.running, key=lambda s: s.num_uncomputed_tokens > 1):
@@ -89,6 +111,8 @@ class Scheduler:
                 sequence.slot is None or num_tokens == 0
             ):  # it gave way meanwhile, or nothing is left
                 continue
+            if not may_preempt and not self._pages.try_reserve(sequence, num_tokens):
+                raise OutOfPagesError
             if self._make_room(sequence, num_tokens, chunks):
                 chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
                 budget -= num_tokens
@@ -110,6 +134,8 @@ class Scheduler:
 
     def _chunk_size(self, sequence: Sequence, budget: int) -> int:
         """Tokens to compute next; a cut inside the prompt falls on a block boundary."""
+        if sequence.awaits_last_token:
+            return 0
         num_tokens = min(sequence.num_uncomputed_tokens, budget)
         stop = sequence.num_computed_tokens + num_tokens
         if stop < sequence.num_prompt_tokens:

@@ -127,7 +127,10 @@ class Sequence:
     """A generation the engine works on.
 
     Attributes:
-        num_computed_tokens: Leading tokens whose keys and values are in the cache.
+        num_computed_tokens: Leading tokens whose keys and values are in the cache, or will be when
+            the steps that were launched have run.
+        num_pending_tokens: Tokens behind ``output_ids`` that launched steps choose; only the device
+            knows them yet.
         pages: Physical pages of the KV cache it owns, in logical order.
         slot: Row of the statistics buffer it owns while it runs; None while it waits.
     """
@@ -139,6 +142,7 @@ class Sequence:
     generator: torch.Generator
     output_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
     num_preemptions: int = 0
@@ -152,18 +156,43 @@ class Sequence:
         return len(self.prompt_ids)
 
     @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens, pending ones included."""
+        return len(self.output_ids) + self.num_pending_tokens
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and generated tokens."""
-        return len(self.prompt_ids) + len(self.output_ids)
+        return len(self.prompt_ids) + self.num_output_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose keys and values are still missing; 1 while decoding."""
         return self.num_tokens - self.num_computed_tokens
 
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether a token is pending behind which ``max_tokens`` lets no other come."""
+        return self.num_pending_tokens > 0 and self.num_output_tokens >= self.sampling.max_tokens
+
+    def token(self, position: int) -> int:
+        """Token id of a position; of a pending one, the reference ``~slot`` (negative).
+
+        It stands for the token that was last chosen in that slot, which the device looks up.
+        """
+        index = position - len(self.prompt_ids)
+        if index < 0:
+            return self.prompt_ids[position]
+        if index < len(self.output_ids):
+            return self.output_ids[index]
+        if self.slot is None:
+            raise ValueError("a token can be pending only in a slot")
+        return ~self.slot
+
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Token ids of positions [start, stop)."""
+        """Token ids of positions [start, stop), as ``token`` has them."""
         num_prompt = len(self.prompt_ids)
         head = self.prompt_ids[start:stop]
         tail = self.output_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)]
-        return head + tail
+        num_pending = stop - start - len(head) - len(tail)
+        return head + tail + [self.token(stop - 1)] * num_pending

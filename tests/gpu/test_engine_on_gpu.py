@@ -9,7 +9,7 @@ import torch
 from service.engine.engine import Engine
 from service.engine.events import NoEvents
 from service.engine.generation import build_sequence
-from service.engine.sequence import SamplingParams, Sequence
+from service.engine.sequence import SamplingParams, Sequence, Update
 from service.models.loading import load_model
 from service.settings import Settings
 from sparse_methods import get_sparse_method, list_sparse_methods
@@ -23,9 +23,9 @@ EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "planted_number.jso
 IDS = [(name, version) for name, versions in list_sparse_methods().items() for version in versions]
 
 
-def engine_on(device: str) -> Engine:
+def engine_on(device: str, *, run_ahead: bool | None = None) -> Engine:
     loaded = load_model(None, device, "float32")
-    settings = Settings(kv_cache_bytes=2**31, max_running_requests=32)
+    settings = Settings(kv_cache_bytes=2**31, max_running_requests=32, run_ahead=run_ahead)
     return Engine(settings, loaded, NoEvents())
 
 
@@ -106,3 +106,63 @@ def test_a_decode_step_does_not_wait_for_the_device(on_gpu):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert logits.isfinite().all()
+
+
+def outcomes(engine: Engine, requests: list[Sequence]):
+    """Tokens, texts and the ends of requests run as one batch."""
+    got = dict.fromkeys(requests, Update())
+    for sequence in requests:
+        engine.core.add(sequence)
+    while engine.core.has_work:
+        for sequence, update in engine.core.step().items():
+            got[sequence] += update
+    finishes = [update.finish for update in got.values() if update.finish is not None]
+    ends = [(finish.reason, finish.stop_reason, finish.statistics) for finish in finishes]
+    assert len(ends) == len(requests)
+    return [(update.token_ids, update.text) for update in got.values()], ends
+
+
+def test_running_ahead_changes_neither_tokens_nor_texts_nor_statistics(on_gpu):
+    waiting = engine_on("cuda", run_ahead=False)
+
+    def requests() -> list[Sequence]:
+        made = []
+        for index, (name, version) in enumerate(IDS * 2):
+            sampling = SamplingParams(
+                temperature=index % 3 * 0.5,
+                max_tokens=5 + 3 * index,
+                top_k=index % 2 * 40,
+                presence_penalty=index % 4 * 0.3,
+                logprobs=2 if index % 5 == 0 else None,
+                stop=("e",) if index % 3 == 1 else (),
+                seed=index,
+            )
+            prompt = planted_prompt(waiting, 200 + 61 * index)
+            method = get_sparse_method(name, version)()
+            made.append(build_sequence(str(index), prompt, method, sampling, index))
+        return made
+
+    assert outcomes(on_gpu, requests()) == outcomes(waiting, requests())
+
+
+def test_a_whole_step_waits_for_nothing_but_the_tokens_of_the_last_one(on_gpu):
+    samplings = [
+        SamplingParams(temperature=0, max_tokens=40, ignore_eos=True),
+        SamplingParams(max_tokens=40, top_p=0.9, min_p=0.01, min_tokens=30, seed=1),
+        SamplingParams(max_tokens=40, presence_penalty=1.0, logprobs=3, min_tokens=40, seed=2),
+    ]
+    prompt = planted_prompt(on_gpu, 200)
+    for index, sampling in enumerate(samplings):
+        method = get_sparse_method("dense")()
+        on_gpu.core.add(build_sequence(str(index), prompt, method, sampling, index))
+    for _ in range(4):
+        on_gpu.core.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):
+            assert len(on_gpu.core.step()) == len(samplings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    while on_gpu.core.has_work:
+        on_gpu.core.step()

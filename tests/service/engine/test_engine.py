@@ -47,9 +47,18 @@ class Counting(NoEvents):
         self.abort_reasons.append(reason)
 
 
+MODE = {"run_ahead": False}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["waits", "runs-ahead"], autouse=True)
+def mode(request):
+    """Every test holds for an engine that waits for each step, and for one that does not."""
+    MODE["run_ahead"] = request.param
+
+
 @contextlib.contextmanager
 def running(directory, **settings):
-    settings = {"device": "cpu", "method": "dense", "max_running_requests": 8, **settings}
+    settings = {"device": "cpu", "method": "dense", "max_running_requests": 8, **MODE, **settings}
     engine = Engine.load(Settings(model=directory, **settings), Counting())
     engine.start()
     try:
@@ -59,7 +68,7 @@ def running(directory, **settings):
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model_dir):
+def engine(tiny_model_dir, mode):
     with running(tiny_model_dir) as one:
         yield one
 

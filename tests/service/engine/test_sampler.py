@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from service.engine.sampled import Sampled
 from service.engine.sampler import Sampler
 from service.engine.sequence import SamplingParams, Sequence
 from sparse_methods.method import SparseAttentionMethod
@@ -121,16 +122,16 @@ def test_one_row_is_sampled_as_token_by_token_arithmetic_says(row, logits_seed):
         (), dtype=torch.float64, generator=torch.Generator().manual_seed(row[1])
     ).item()
     expected = expected_token(logits[0].tolist(), sequence(*row), uniform)
-    assert sampler().sample(logits, [sequence(*row)]).token_ids == [expected]
+    assert sampler().sample(logits, [sequence(*row)]).result().token_ids == [expected]
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(rows, min_size=1, max_size=9), st.integers(0, 1000))
 def test_a_row_alone_is_the_row_in_any_batch(batch, logits_seed):
     logits = random_logits(len(batch), logits_seed)
-    together = sampler().sample(logits, [sequence(*row) for row in batch])
+    together = sampler().sample(logits, [sequence(*row) for row in batch]).result()
     for i, row in enumerate(batch):
-        alone = sampler().sample(logits[i : i + 1].clone(), [sequence(*row)])
+        alone = sampler().sample(logits[i : i + 1].clone(), [sequence(*row)]).result()
         assert alone.token_ids == [together.token_ids[i]]
         assert alone.logprobs[0] == together.logprobs[i]
 
@@ -140,11 +141,10 @@ def test_rows_of_a_large_vocabulary_do_not_depend_on_the_batch_either():
     logits = random_logits(16, 0, vocab_size)
     params = SamplingParams(top_p=0.95)
     large = sampler(vocab_size)
-    together = large.sample(logits, [sequence(params, i) for i in range(16)]).token_ids
+    together = large.sample(logits, [sequence(params, i) for i in range(16)]).result().token_ids
     for i in range(16):
-        assert large.sample(logits[i : i + 1].clone(), [sequence(params, i)]).token_ids == [
-            together[i]
-        ]
+        alone = large.sample(logits[i : i + 1].clone(), [sequence(params, i)]).result()
+        assert alone.token_ids == [together[i]]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
@@ -153,7 +153,7 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
     logits = random_logits(1, 7, 12) / 3
     params = SamplingParams(temperature=temperature)
     sequences = [sequence(params, seed) for seed in range(num_rows)]
-    drawn = Counter(sampler(12).sample(logits.expand(num_rows, -1), sequences).token_ids)
+    drawn = Counter(sampler(12).sample(logits.expand(num_rows, -1), sequences).result().token_ids)
     expected = (logits[0].double() / temperature).softmax(-1) * num_rows
     assert chisquare([drawn[i] for i in range(12)], expected.numpy()).pvalue > 0.001
 
@@ -163,7 +163,7 @@ def test_a_seed_gives_the_same_tokens_again_and_another_seed_others():
 
     def tokens(seed: int) -> list[int]:
         seq = sequence(SamplingParams(), seed)
-        return [sampler().sample(row[None], [seq]).token_ids[0] for row in logits]
+        return [sampler().sample(row[None], [seq]).result().token_ids[0] for row in logits]
 
     assert tokens(5) == tokens(5)
     assert tokens(5) != tokens(6)
@@ -175,7 +175,7 @@ def test_greedy_takes_the_lowest_id_of_equals_and_leaves_the_generator_alone():
     seq = sequence(GREEDY)
     before = seq.generator.get_state()
     top_1 = sequence(SamplingParams(top_k=1), seed=3)
-    assert sampler().sample(logits, [seq, top_1]).token_ids == [4, 4]
+    assert sampler().sample(logits, [seq, top_1]).result().token_ids == [4, 4]
     assert torch.equal(seq.generator.get_state(), before)
 
 
@@ -183,13 +183,13 @@ def test_greedy_takes_the_lowest_id_of_equals_and_leaves_the_generator_alone():
 def test_a_temperature_near_zero_is_greedy(temperature):
     logits = random_logits(4, 2) * 100
     cold = [sequence(SamplingParams(temperature=temperature), seed) for seed in range(4)]
-    assert sampler().sample(logits, cold).token_ids == logits.argmax(-1).tolist()
+    assert sampler().sample(logits, cold).result().token_ids == logits.argmax(-1).tolist()
 
 
 def test_impossible_tokens_are_never_drawn():
     logits = torch.full((200, VOCAB), -torch.inf)
     logits[:, [0, 17, VOCAB - 1]] = 0.0
-    drawn = sampler().sample(logits, [sequence(SamplingParams(), i) for i in range(200)])
+    drawn = sampler().sample(logits, [sequence(SamplingParams(), i) for i in range(200)]).result()
     assert set(drawn.token_ids) == {0, 17, VOCAB - 1}
     assert drawn.failed == []
 
@@ -199,16 +199,18 @@ def test_impossible_tokens_are_never_drawn():
 def test_a_row_that_is_not_finite_fails_and_no_other(broken, temperature):
     params = SamplingParams(temperature=temperature, logprobs=2, top_p=0.9, presence_penalty=0.5)
     logits = random_logits(3, 3)
-    healthy = sampler().sample(logits, [sequence(params, i) for i in range(3)])
+    healthy = sampler().sample(logits, [sequence(params, i) for i in range(3)]).result()
     logits[1, 20] = broken
-    result = sampler().sample(logits, [sequence(params, i) for i in range(3)])
+    result = sampler().sample(logits, [sequence(params, i) for i in range(3)]).result()
     assert result.failed == [1]
     assert result.token_ids == [healthy.token_ids[0], -1, healthy.token_ids[2]]
     assert result.logprobs == [healthy.logprobs[0], None, healthy.logprobs[2]]
 
 
 def test_a_row_without_any_possible_token_fails():
-    result = sampler().sample(torch.full((1, VOCAB), -torch.inf), [sequence(SamplingParams())])
+    result = (
+        sampler().sample(torch.full((1, VOCAB), -torch.inf), [sequence(SamplingParams())]).result()
+    )
     assert (result.token_ids, result.failed) == ([-1], [0])
 
 
@@ -219,7 +221,7 @@ def test_logprobs_are_those_of_the_untouched_logits():
     logits = torch.zeros(1, VOCAB)
     logits[0, EOS], logits[0, 6], logits[0, 7] = 3.0, 2.0, 1.0
     raw = logits[0].log_softmax(-1).tolist()
-    result = sampler().sample(logits, [sequence(params, prompt_ids=[6])])
+    result = sampler().sample(logits, [sequence(params, prompt_ids=[6])]).result()
     [report] = result.logprobs
     assert report is not None
     assert report.token_id == result.token_ids[0] == 7
@@ -233,7 +235,7 @@ def test_each_row_reports_as_many_logprobs_as_it_asked_for_and_no_impossible_one
     logits[:, :2] = torch.tensor([1.0, 0.0])
     wanted = [None, 0, 1, 6]
     sequences = [sequence(replace(GREEDY, logprobs=num)) for num in wanted]
-    reports = sampler(6).sample(logits, sequences).logprobs
+    reports = sampler(6).sample(logits, sequences).result().logprobs
     assert reports[0] is None
     assert [len(report.top) for report in reports[1:] if report is not None] == [0, 1, 2]
 
@@ -243,14 +245,14 @@ def test_penalties_follow_the_output_as_it_grows():
     seq, one = sequence(params, prompt_ids=[10**6, 2]), sampler(4)
     logits = torch.tensor([[3.0, 2.5, 2.0, 0.0]])
     for expected in (0, 1, 2, 0):
-        [token_id] = one.sample(logits, [seq]).token_ids
+        [token_id] = one.sample(logits, [seq]).result().token_ids
         assert token_id == expected
         seq.output_ids.append(token_id)
 
 
 def test_the_histories_of_ended_sequences_are_forgotten():
     one, seq = sampler(), sequence(SamplingParams(presence_penalty=1.0))
-    one.sample(random_logits(1, 0), [seq])
+    one.sample(random_logits(1, 0), [seq]).result()
     assert len(one._histories) == 1
     del seq
     gc.collect()
@@ -262,7 +264,9 @@ def test_columns_beyond_the_vocabulary_are_padding_and_logits_are_left_as_they_w
     logits[:, VOCAB:] = 100.0
     before = logits.clone()
     params = replace(GREEDY, presence_penalty=1.0, min_tokens=3)
-    drawn = sampler().sample(logits, [sequence(params), sequence(SamplingParams(logprobs=3))])
+    drawn = (
+        sampler().sample(logits, [sequence(params), sequence(SamplingParams(logprobs=3))]).result()
+    )
     assert max(drawn.token_ids) < VOCAB
     assert torch.equal(logits, before)
 
@@ -270,4 +274,37 @@ def test_columns_beyond_the_vocabulary_are_padding_and_logits_are_left_as_they_w
 def test_a_model_may_have_fewer_columns_than_the_tokenizer_has_ids():
     params = replace(GREEDY, presence_penalty=5.0, min_tokens=3, stop_token_ids=(VOCAB - 1, 1))
     seq = sequence(params, prompt_ids=[VOCAB - 1], output_ids=[VOCAB - 1, 0])
-    assert sampler().sample(torch.tensor([[3.0, 2.0, 1.0]]), [seq]).token_ids == [2]
+    assert sampler().sample(torch.tensor([[3.0, 2.0, 1.0]]), [seq]).result().token_ids == [2]
+
+
+@settings(deadline=None, max_examples=100)
+@given(samplings, st.integers(0, 1000))
+def test_tokens_that_the_host_learns_late_change_nothing(sampling, seed):
+    """One sequence gets each token before the next is chosen, the other one step later."""
+    prompt_ids = [1, 2, 30]
+    prompt, late = sequence(sampling, seed, prompt_ids), sequence(sampling, seed, prompt_ids)
+    one, other = sampler(), sampler()
+    given_late: list[Sampled] = []
+    for step in range(6):
+        logits = random_logits(1, seed + step)
+        [token_id] = one.sample(logits, [prompt]).result().token_ids
+        prompt.output_ids.append(token_id)
+        given_late.append(other.sample(logits, [late]))
+        late.num_pending_tokens += 1
+        if late.num_pending_tokens > 1:
+            late.output_ids += given_late[-2].result().token_ids
+            late.num_pending_tokens -= 1
+    assert [each.result().token_ids[0] for each in given_late] == prompt.output_ids
+
+
+def test_a_step_without_rows_chooses_nothing():
+    result = sampler().sample(random_logits(1, 0)[:0], []).result()
+    assert (result.token_ids, result.logprobs, result.failed) == ([], [], [])
+
+
+def test_greedy_rows_are_chosen_in_the_model_s_own_precision():
+    logits = random_logits(5, 6).to(torch.bfloat16)
+    logits[0, 7:9] = 100.0  # equals: the first one
+    chosen = sampler().sample(logits, [sequence(GREEDY, i) for i in range(5)]).result().token_ids
+    assert chosen == logits.float().argmax(-1).tolist()
+    assert chosen[0] == 7
