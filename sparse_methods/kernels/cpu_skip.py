@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 _STRIPE_KEYS = 2048  # keys scored at once: their scores stay in the cache
-_MANY_ROWS = 128  # rows side by side from which on a maximum over keys is fast
+_MANY_ROWS = 128  # of a group: from here on, whole vectors of rows are worth it
 _ROUNDING = 2.0**-8  # relative, of one rounding to bfloat16
 _SLACK = 1.01  # for sums in float32, which are off by far less
 
@@ -30,12 +30,21 @@ class SkipRule:
     def __init__(self, keys: torch.Tensor, block_size: int) -> None:
         self._keys = keys
         self._size = block_size
-        self._rounded: torch.Tensor | None = None
-        if multiplies_bfloat16():
-            self._rounded = keys.to(torch.bfloat16).contiguous()
-            lost = (keys.float() - self._rounded.float()).norm(dim=-1).amax(-1)
-            norms = keys.float().norm(dim=-1).amax(-1)
-            self._norms: list[tuple[float, float]] = torch.stack([norms, lost], -1).tolist()
+
+    @functools.cached_property
+    def _rounded(self) -> torch.Tensor:
+        """[Hkv, n, D] bfloat16 keys."""
+        return self._keys.to(torch.bfloat16).contiguous()
+
+    @functools.cached_property
+    def _norms(self) -> list[tuple[float, float]]:
+        """Of each KV head, the largest norm of a key, and of what rounding took from one."""
+        keys = self._keys.float()
+        parts = (keys, keys - self._rounded.float())
+        norms: list[tuple[float, float]] = torch.stack(
+            [part.norm(dim=-1).amax(-1) for part in parts], -1
+        ).tolist()
+        return norms
 
     def kept(
         self,
@@ -65,7 +74,8 @@ class SkipRule:
         def in_order(others: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
             return torch.cat([others[..., :place], own, others[..., place:]], -1)
 
-        if self._rounded is None:
+        # Keys are not worth rounding for few rows, such as a generated one.
+        if query.shape[0] * query.shape[1] < _MANY_ROWS or not multiplies_bfloat16():
             maxima = _maxima(query, self._of(self._keys, head, others), self._size)
             return _keeps(in_order(maxima, own_maxima), log_threshold).any(1)
         rounded_query = query.to(torch.bfloat16)

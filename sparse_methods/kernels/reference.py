@@ -29,7 +29,7 @@ from sparse_methods.kernels.operation import (
 from sparse_methods.kernels.page_reader import PageReader
 
 _WHOLE_GROUP = slice(None)
-_STRIPE_SCORES = 1 << 17  # of one explicit stripe and query head: they then stay in the cache
+_STRIPE_KEYS = 1024  # keys of one explicit stripe: scores of a tile then stay in the cache
 
 
 def attend(inputs: AttentionInputs) -> AttentionOutputs:
@@ -77,8 +77,7 @@ class _Reference:
         for first, last in self._runs():
             tile = self.inputs.tiles.tiles[first]
             if not self._is_fused(first):
-                skips_first = self.can_fuse and tile.num_rows > 1
-                attend_tile = self._attend_skipping if skips_first else self._attend_explicit
+                attend_tile = self._attend_skipping if self.can_fuse else self._attend_explicit
                 attend_tile(first, tile)
             elif self.lists is None or self.lists[first] is None:
                 tail = self.inputs.tiles.tiles[last]
@@ -256,7 +255,7 @@ class _Reference:
             query.new_zeros(query.shape[:-1]),
             query.new_zeros(*query.shape[:-1], self.geometry.value_dim),
         )
-        step = max(1, _STRIPE_SCORES // tile.num_rows // self.block_size)
+        step = max(1, _STRIPE_KEYS // self.block_size)
         for start in range(0, len(listed), step):
             self._visit(index, tile, listed[start : start + step], heads, (query, state))
         denominator, maximum = state.denominator, state.maximum

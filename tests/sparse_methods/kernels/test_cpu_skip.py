@@ -14,6 +14,7 @@ SIZE, GROUP, HEADS, DIM = 16, 3, 2, 32
 @pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
 def rounds(request, monkeypatch):
     monkeypatch.setattr(cpu_skip, "multiplies_bfloat16", lambda: request.param)
+    monkeypatch.setattr(cpu_skip, "_MANY_ROWS", 4)
     return request.param
 
 
@@ -53,7 +54,7 @@ ORDERS = {
 
 @pytest.mark.usefixtures("rounds")
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize(("position", "num_rows"), [(160, 16), (160, 5), (167, 6)])
+@pytest.mark.parametrize(("position", "num_rows"), [(160, 16), (160, 5), (167, 6), (165, 1)])
 def test_blocks_are_kept_as_by_the_rule_written_out(order, position, num_rows):
     query, keys = draw(position + num_rows, num_rows, 2.0)
     listed, log_threshold = order(position // SIZE), math.log(0.5)
@@ -71,6 +72,7 @@ def test_the_first_block_alone_is_kept():
 
 def test_rounded_scores_within_their_error_of_the_threshold_are_computed_again(monkeypatch):
     monkeypatch.setattr(cpu_skip, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_skip, "_MANY_ROWS", 1)
     log_threshold, decided = math.log(0.5), []
     for step in range(-4, 5):  # closer to the threshold than bfloat16 can tell
         query = torch.ones(1, 1, 1)
