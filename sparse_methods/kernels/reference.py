@@ -4,28 +4,31 @@ Blocks that are not listed are never touched; tiles that fall below the threshol
 exponential, the load of V and the product with it. Fewer blocks mean less time.
 
 Two ways to the same numbers: *fused* hands whole runs of keys to PyTorch's CPU flash attention
-and merges partial results by their log-sum-exp; *explicit* walks stripes of blocks with an online
-softmax, which any geometry and any threshold can use.
+and merges partial results by their log-sum-exp, tiles with a threshold after ``cpu_skip`` has
+decided what they keep; *explicit* walks stripes of blocks with an online softmax, which any
+geometry and any threshold can use.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from sparse_methods.kernels.cpu_flash import causal_squares, flash, merge
+from sparse_methods.kernels.cpu_skip import SkipRule
 from sparse_methods.kernels.operation import (
     AttentionInputs,
     AttentionOutputs,
     Tile,
     count_selected,
     host_lists,
-    num_side_by_side,
     visible_blocks,
 )
+from sparse_methods.kernels.page_reader import PageReader
 
+_WHOLE_GROUP = slice(None)
 _STRIPE_KEYS = 1024  # keys of one explicit stripe: scores of a tile then stay in the cache
 
 
@@ -61,6 +64,8 @@ class _Reference:
         )
         first, last = visible_blocks(inputs.tiles, inputs.geometry)
         self.first_blocks, self.last_blocks = first.tolist(), last.tolist()
+        self.reader = PageReader(inputs)
+        self.skip_rules: dict[int, SkipRule] = {}
         self.own_squares: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.can_fuse = (
             self.geometry.is_plain
@@ -72,7 +77,8 @@ class _Reference:
         for first, last in self._runs():
             tile = self.inputs.tiles.tiles[first]
             if not self._is_fused(first):
-                self._attend_explicit(first, tile)
+                attend_tile = self._attend_skipping if self.can_fuse else self._attend_explicit
+                attend_tile(first, tile)
             elif self.lists is None or self.lists[first] is None:
                 tail = self.inputs.tiles.tiles[last]
                 num_rows = tail.first_row + tail.num_rows - tile.first_row
@@ -132,34 +138,67 @@ class _Reference:
         heads = self._all_heads()
         query = self._query(tile, heads)
         if tile.num_rows == 1:
-            keys, values = self._keys_values(tile, None, heads, tile.kv_len)
+            keys, values = self.reader.range(tile, None, heads, tile.kv_len)
             self._store(tile, heads, *flash(query, keys, values, self.geometry.scale))
             return
-        own = self._keys_values(tile, None, heads, tile.kv_len, start=tile.position)
+        own = self.reader.range(tile, None, heads, tile.kv_len, start=tile.position)
         keys, values = (part[None] for part in own)
         output, lse = causal_squares(query.flatten(0, 1)[None], keys, values, self.geometry.scale)
         parts = [(output[0], lse[0])]
         if tile.position:
-            keys, values = self._keys_values(tile, None, heads, tile.position)
+            keys, values = self.reader.range(tile, None, heads, tile.position)
             parts.append(flash(query, keys, values, self.geometry.scale))
         self._store(tile, heads, *merge(parts))
 
-    def _attend_listed(self, index: int, listed: list[int], heads: slice) -> None:
-        """Attend a tile that reads the blocks listed, ascending."""
+    def _attend_skipping(self, index: int, tile: Tile) -> None:
+        """Attend a tile with a threshold: decide by scores alone, then read what is kept."""
+        for heads, listed in self._head_lists(index):
+            blocks = self._visible_in_order(index) if listed is None else listed
+            for number in range(heads.start, heads.stop):
+                head = slice(number, number + 1)
+                query = self._query(tile, head)[0].float() * self.geometry.scale
+                kept = self._skip_rule(tile.request).kept(
+                    query, number, tile.position, blocks, self._log_threshold(index)
+                )
+                self._count_skipped(index, tile, blocks, head, kept[None])
+                self._attend_kept(index, blocks, head, kept.tolist())
+
+    def _attend_kept(
+        self, index: int, blocks: list[int], head: slice, kept: list[list[bool]]
+    ) -> None:
+        """Attend the query heads of a group over the blocks that each keeps."""
+        lists = [sorted(itertools.compress(blocks, keeps)) for keeps in kept]
+        if all(listed == lists[0] for listed in lists):
+            self._attend_listed(index, lists[0], head)
+            return
+        for member, listed in enumerate(lists):
+            self._attend_listed(index, listed, head, slice(member, member + 1))
+
+    def _skip_rule(self, request: int) -> SkipRule:
+        if request not in self.skip_rules:
+            tiles = self.inputs.tiles.tiles
+            stop = max(tile.kv_len for tile in tiles if tile.request == request)
+            self.skip_rules[request] = SkipRule(self.reader.keys(request, stop), self.block_size)
+        return self.skip_rules[request]
+
+    def _attend_listed(
+        self, index: int, listed: list[int], heads: slice, members: slice = _WHOLE_GROUP
+    ) -> None:
+        """Attend a tile that reads the blocks listed, ascending, or some heads of its groups."""
         tile = self.inputs.tiles.tiles[index]
-        query, own = self._query(tile, heads), tile.position // self.block_size
+        query, own = self._query(tile, heads)[:, members], tile.position // self.block_size
         if tile.num_rows == 1:
-            keys, values = self._keys_values(tile, listed, heads, tile.kv_len)
-            self._store(tile, heads, *flash(query, keys, values, self.geometry.scale))
+            keys, values = self.reader.range(tile, listed, heads, tile.kv_len)
+            self._store(tile, heads, *flash(query, keys, values, self.geometry.scale), members)
             return
         parts = []
         if own in listed:
             output, lse = self._own_square(index)
-            parts.append((output[heads], lse[heads]))
-        keys, values = self._keys_values(tile, listed, heads, tile.position)
+            parts.append((output[heads, members], lse[heads, members]))
+        keys, values = self.reader.range(tile, listed, heads, tile.position)
         if keys.shape[1]:
             parts.append(flash(query, keys, values, self.geometry.scale))
-        self._store(tile, heads, *merge(parts))
+        self._store(tile, heads, *merge(parts), members)
 
     def _own_square(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[Hkv, G, n, Dv] and [Hkv, G, n] of a tile over its own block.
@@ -187,43 +226,6 @@ class _Reference:
             for place, square in enumerate(zip(*squares, strict=True)):
                 self.own_squares[index + place] = square
         return self.own_squares[index]
-
-    def _keys_values(
-        self, tile: Tile, listed: list[int] | None, heads: slice, stop: int, start: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[h, n, D] keys and values at positions [start, stop), of the listed blocks if given."""
-        size = self.block_size
-        if listed is None:
-            logical: Sequence[int] = range(start // size, -(-stop // size))
-        else:
-            logical = [block for block in listed if block * size < stop]
-        if not logical:
-            return self._no_keys(self.inputs.keys), self._no_keys(self.inputs.values)
-        skip = start - logical[0] * size if listed is None else 0
-        num_keys = len(logical) * size - max(0, (logical[-1] + 1) * size - stop)
-        keys, values = self._gather(tile.request, logical, heads)
-        return keys[:, skip:num_keys], values[:, skip:num_keys]
-
-    def _no_keys(self, cache: torch.Tensor) -> torch.Tensor:
-        return cache.new_empty(1, 0, cache.shape[-1])
-
-    def _gather(
-        self, request: int, logical: Sequence[int], heads: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[h, n, D] keys and values of the blocks: views if their pages lie side by side."""
-        table, count = self.inputs.page_table, len(logical)
-        row = table.rows[request]
-        pages = [row[block] for block in logical]
-        if logical == range(count):  # all blocks so far: the common case, found once per step
-            is_run = count <= table.leading_runs[request]
-        else:
-            is_run = num_side_by_side(pages) == count
-        selected: slice | torch.Tensor = slice(pages[0], pages[0] + count)
-        if not is_run:
-            selected = torch.tensor(pages, device=self.inputs.keys.device)
-        keys = self.inputs.keys[:, :, heads][selected].flatten(0, 1)
-        values = self.inputs.values[:, :, heads][selected].flatten(0, 1)
-        return keys.transpose(0, 1), values.transpose(0, 1)
 
     # Explicit --------------------------------------------------------------------------------
 
@@ -298,7 +300,7 @@ class _Reference:
         self, tile: Tile, stripe: list[int], heads: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[h, n, D] keys and values of the stripe; slots that nobody wrote are left out or zero."""
-        keys, values = self._gather(tile.request, stripe, heads)
+        keys, values = self.reader.blocks(tile.request, stripe, heads)
         last = max(stripe)
         num_missing = (last + 1) * self.block_size - tile.kv_len
         if num_missing > 0 and stripe[-1] == last:
@@ -354,12 +356,18 @@ class _Reference:
         grouped: torch.Tensor = rows.unflatten(1, (self.geometry.num_kv_heads, -1))
         return grouped[:, heads].permute(1, 2, 0, 3)
 
-    def _store(self, tile: Tile, heads: slice, output: torch.Tensor, lse: torch.Tensor) -> None:
-        group = self.geometry.group_size
+    def _store(
+        self,
+        tile: Tile,
+        heads: slice,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        members: slice = _WHOLE_GROUP,
+    ) -> None:
         rows = slice(tile.first_row, tile.first_row + tile.num_rows)
-        columns = slice(heads.start * group, heads.stop * group)
-        self.output[rows, columns] = output.flatten(0, 1).transpose(0, 1).to(self.output.dtype)
-        self.lse[rows, columns] = lse.flatten(0, 1).transpose(0, 1)
+        for result, cache in ((output, self.output), (lse, self.lse)):
+            grouped = cache[rows].unflatten(1, (self.geometry.num_kv_heads, -1))
+            grouped[:, heads, members] = result.movedim(2, 0).to(cache.dtype)
 
 
 def _is_alike(tile: Tile, other: Tile) -> bool:

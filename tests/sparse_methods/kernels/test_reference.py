@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparse_methods.kernels import reference
 from sparse_methods.kernels.operation import (
     AttentionInputs,
     BlockLists,
@@ -198,6 +199,32 @@ def test_tiles_below_the_threshold_are_skipped_per_query_head(geometry, threshol
             skipped = [not k for (i, h, _), k in kept.items() if (i, h) == (index, head)]
             assert result.blocks[index, head, 2] == sum(skipped)
     assert 0 < result.blocks[..., 2].sum() < result.blocks[..., 0].sum()
+
+
+@pytest.mark.parametrize("geometry", [PLAIN, GEOMETRIES["mqa"], GEOMETRIES["mha"]])
+@pytest.mark.parametrize("diagonal_first", [True, False])
+@pytest.mark.parametrize("has_lists", [True, False])
+def test_deciding_before_reading_changes_nothing(monkeypatch, geometry, diagonal_first, has_lists):
+    inputs = build(geometry, [(0, 200, 200), (32, 130, 125), (99, 150, 150)], peaked=3.0)
+    num_tiles = len(inputs.tiles.tiles)
+    inputs = replace(
+        inputs,
+        log_thresholds=torch.full((num_tiles,), math.log(0.2)),
+        diagonal_first=torch.full((num_tiles,), diagonal_first),
+    )
+    if has_lists:
+        lists = lists_of(inputs, lambda t, h, visible: visible[:1] + visible[:0:-2])
+        inputs = replace(inputs, lists=lists)
+    decided_first = attend(inputs)
+    monkeypatch.setattr(
+        reference._Reference, "_attend_skipping", reference._Reference._attend_explicit
+    )
+    explicit = attend(inputs)
+    assert torch.equal(decided_first.blocks, explicit.blocks)
+    assert torch.equal(decided_first.kv_elements, explicit.kv_elements)
+    torch.testing.assert_close(decided_first.output, explicit.output, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decided_first.lse, explicit.lse, atol=1e-5, rtol=1e-5)
+    assert 0 < explicit.blocks[..., 2].sum() < explicit.blocks[..., 1].sum()
 
 
 def test_a_row_of_a_batch_equals_the_row_alone():
