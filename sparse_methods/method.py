@@ -11,6 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -205,6 +206,10 @@ class SparseAttentionMethod(ABC):
 
     @override
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # an engine step asks for it once per row
         return hash((type(self), self.knobs.model_dump_json()))
 
     @override

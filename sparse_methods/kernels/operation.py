@@ -197,7 +197,7 @@ class QueryTiles:
         parts = [[value for tile in tiles for value in tile[:4]], prefill, decode, tails]
         # Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes.
         padded = [part + [0] * (-len(part) % 4) for part in parts]
-        values = torch.tensor(list(itertools.chain(*padded)), dtype=torch.int32).to(self.device)
+        values = self._moved(list(itertools.chain(*padded)), torch.int32)
         table, *indices = (
             rows[: len(part)]
             for rows, part in zip(values.split(list(map(len, padded))), parts, strict=True)
@@ -225,7 +225,13 @@ class QueryTiles:
         return built
 
     def _column(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, device=self.device)
+        return self._moved(values, None)
+
+    def _moved(self, values: list[int], dtype: torch.dtype | None) -> torch.Tensor:
+        """On the device, in a copy that nobody waits for."""
+        is_cuda = self.device.type == "cuda"
+        rows = torch.tensor(values, dtype=dtype, pin_memory=is_cuda)
+        return rows.to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
