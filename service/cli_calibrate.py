@@ -29,7 +29,7 @@ def calibrate(
     ] = None,
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths to observe, tokens, separated by commas.")
-    ] = "1024,2048,4096,8192",
+    ] = "1024,2048,4096,8192,16384",
     output: Annotated[
         Path | None, typer.Option(help="File to write; unset is calibration.json of the model.")
     ] = None,
