@@ -26,14 +26,20 @@ _NUM_STEPS = 8  # decode steps that are averaged
 
 
 def main(
-    lengths: str = "512,1024,2048,4096", rounds: int = 3, threads: int = 1, *, write: bool = True
+    lengths: str = "512,1024,2048,4096",
+    methods: str = "",
+    rounds: int = 3,
+    threads: int = 1,
+    *,
+    write: bool = True,
 ) -> None:
-    """Print the ratio dense / method for every method and length."""
+    """Print the ratio dense / method for every method, or those named, and every length."""
     torch.set_num_threads(threads)
     engine = Engine(Settings(method="dense"), load_model(None, "cpu", "float32"), NoEvents())
     text = (default_model_directory() / "calibration_text.txt").read_text()
     tokens = engine.tokenizer.encode(text)
-    names = [name for name in list_sparse_methods() if not get_sparse_method(name).evaluation_only]
+    every = [name for name in list_sparse_methods() if not get_sparse_method(name).evaluation_only]
+    names = ["dense", *methods.split(",")] if methods else every
     results: dict[str, dict[int, float]] = {name: {} for name in names}
     for length in map(int, lengths.split(",")):
         seconds = {name: _seconds(engine, name, tokens[:length]) for name in names}

@@ -28,6 +28,7 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "machine": platform.machine(),
         "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

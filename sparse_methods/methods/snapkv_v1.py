@@ -5,12 +5,13 @@ arXiv:2404.14469, algorithm 1. The attention weights of the prompt's last rows, 
 rows and smoothed over neighbours, rank the keys; the best ones stay.
 
 Departures: pages instead of single tokens, so that a list of pages is all a kernel needs; smoothing
-takes the maximum over neighbouring pages, and is off by default, as it costs the built-in model
-planted facts; nothing is destroyed, so a cached prefix stays whole and the next request may rank it
-anew; the heads of a group share a list, ranked by the sum of their weights, where the authors' code
-stores repeated keys per query head; the first page, which holds the attention sink, always stays,
-as does everything from the first of the ranking rows on; 16 rows rank, where the authors' code has
-32 or 64, as rows before a question dilute what the question looks for.
+takes the maximum over neighbouring pages, one on each side by default: the question finds where an
+answer begins, and what goes on in the next page would be lost; nothing is destroyed, so a cached
+prefix stays whole and the next request may rank it anew; the heads of a group share a list, ranked
+by the sum of their weights, where the authors' code stores repeated keys per query head; the first
+page, which holds the attention sink, always stays, as does everything from the first of the ranking
+rows on; 16 rows rank, where the authors' code has 32 or 64, as rows before a question dilute what
+the question looks for.
 
 Score-level equivalent: scores of one row hold nothing of the prompt's rows, so that row ranks.
 """
@@ -52,7 +53,7 @@ class SnapKV(BlockMethod):
             16, ge=1, le=1024, description="Last rows of the prompt that rank its pages, tokens."
         )
         pooling: int = Field(
-            0, ge=0, le=8, description="Neighbours on each side whose rank a page shares, pages."
+            1, ge=0, le=8, description="Neighbours on each side whose rank a page shares, pages."
         )
 
     knobs: Knobs

@@ -37,7 +37,7 @@ def test_the_built_in_model_ships_with_its_calibration():
     method.with_calibration(entry).check_servable(128)
     for fits in entry.phases.values():
         assert len(fits.layers) == 8
-        assert fits.model.r_squared > 0.95
+        assert fits.model.r_squared > 0.9  # from 1,024 to 16,384 tokens
 
 
 def test_no_file_is_no_calibration(model_dir):

@@ -33,7 +33,7 @@ def expected_scores(query: torch.Tensor, keys: torch.Tensor, window: int) -> tor
 
 def expected_pages(scores: list[float], own: int, window_page: int, knobs: dict[str, int]) -> Any:
     """The rule in words: both ends, and the best of what lies between."""
-    width = knobs.get("pooling", 0)
+    width = knobs.get("pooling", SnapKV().knobs.pooling)
     pooled = [max(scores[max(0, p - width) : p + width + 1]) for p in range(len(scores))]
     ranked = sorted(range(1, window_page), key=lambda p: (-pooled[p], p))
     best = ranked[: knobs["budget_pages"]]
@@ -139,10 +139,23 @@ def test_equal_scores_fall_to_the_earlier_page():
 def test_one_row_of_scores_ranks_by_its_own_weights():
     scores = torch.zeros(1, 1, 1, 1280)
     scores[..., 300], scores[..., 800] = 8.0, 9.0
-    mask, stats = SnapKV({"budget_pages": 2}).calculate_sparsity(scores)
+    mask, stats = SnapKV({"budget_pages": 2, "pooling": 0}).calculate_sparsity(scores)
     kept = mask[0, 0, 0].unflatten(0, (10, 128)).any(-1).nonzero().flatten().tolist()
     assert kept == [0, 2, 6, 9]
     assert (stats["total_blocks"], stats["sparse_blocks"]) == (10, 6)
+
+
+def test_what_goes_on_in_the_next_page_stays_with_what_was_found():
+    scores = torch.zeros(1, 1, 1, 1280)
+    scores[..., 500] = 9.0  # an answer begins in page 3
+    mask, _ = SnapKV({"budget_pages": 3}).calculate_sparsity(scores)
+    assert mask[0, 0, 0].unflatten(0, (10, 128)).any(-1).nonzero().flatten().tolist() == [
+        0,
+        2,
+        3,
+        4,
+        9,
+    ]
 
 
 def test_prompts_are_read_in_full():
