@@ -29,6 +29,7 @@ from sparse_methods.kernels.operation import (
     count_selected,
 )
 from sparse_methods.kernels.physical_pages import clear_tails, physical_lists
+from sparse_methods.kernels.triton_counts import count
 from sparse_methods.kernels.triton_workspace import Workspace
 
 _BLOCK = 128  # keys of a tile of the library, which must be a page
@@ -101,10 +102,9 @@ def _runs(inputs: AttentionInputs) -> tuple[TileRun, ...]:
 
 def _count(inputs: AttentionInputs, runs: tuple[TileRun, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """``count_selected``; of listed runs, what was selected is still to be filled in."""
-    if inputs.lists is None:
-        return count_selected(inputs)
-    if sum(run.num_tiles for run in runs) < len(inputs.tiles.tiles):
-        return count_selected(inputs)
+    num_listed = sum(run.num_tiles for run in runs)
+    if inputs.lists is None or num_listed < len(inputs.tiles.tiles):
+        return count(inputs)
     blocks, kv_elements = count_selected(replace(inputs, lists=None))
     return blocks.clone(), kv_elements
 

@@ -1,11 +1,7 @@
 """The attention operation in Triton: one launch for prompt tiles and one for decode rows."""
 
-from sparse_methods.kernels.operation import (
-    AttentionInputs,
-    AttentionOutputs,
-    TileRun,
-    count_selected,
-)
+from sparse_methods.kernels.operation import AttentionInputs, AttentionOutputs, TileRun
+from sparse_methods.kernels.triton_counts import count
 from sparse_methods.kernels.triton_decode import decode
 from sparse_methods.kernels.triton_prefill import prefill
 from sparse_methods.kernels.triton_workspace import Workspace
@@ -19,11 +15,7 @@ def attend(inputs: AttentionInputs) -> AttentionOutputs:
     """
     workspace = Workspace.allocate(inputs)
     attend_beside(inputs, (), workspace)
-    blocks, kv_elements = count_selected(inputs)
-    if inputs.log_thresholds is not None:
-        blocks[..., 2] += workspace.skipped
-        unread = workspace.unread_keys.sum(1)
-        kv_elements[:, 0].sub_(unread, alpha=inputs.geometry.value_dim)
+    blocks, kv_elements = count(inputs, workspace)
     return AttentionOutputs(workspace.output, workspace.lse, blocks, kv_elements)
 
 
