@@ -165,7 +165,10 @@ class QueryTiles:
 
     @property
     def tail_indices(self) -> torch.Tensor:
-        """[n] int32, the prompt tiles that end within of a block."""
+        """[n] int32, the last tile of each request with prompt tiles, if it ends within a block.
+
+        It is a decode row where a request starts over: behind its prompt, generated keys follow.
+        """
         return self._packed[3]
 
     def prefill_indices_beside(self, runs: tuple[TileRun, ...]) -> torch.Tensor:
@@ -193,7 +196,9 @@ class QueryTiles:
         """What kernels read of the tiles, moved to the device in one copy."""
         tiles, prefill = self.tiles, self._prefill_order
         decode = [index for index, tile in enumerate(tiles) if tile.is_decode]
-        tails = [index for index in prefill if tiles[index].kv_len % self.block_size]
+        begun = {tiles[index].request for index in prefill}
+        last = {tile.request: index for index, tile in enumerate(tiles) if tile.request in begun}
+        tails = [index for index in last.values() if tiles[index].kv_len % self.block_size]
         parts = [[value for tile in tiles for value in tile[:4]], prefill, decode, tails]
         # Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes.
         padded = [part + [0] * (-len(part) % 4) for part in parts]
