@@ -134,7 +134,7 @@ class EngineCore:
         """
         self._events.engine_error()
         sequences = [chunk.sequence for chunk in self._at_fault if chunk.sequence in self._live]
-        if not sequences:  # the scheduler itself failed: nobody is innocent
+        if not self._at_fault:  # the scheduler itself failed: nobody is innocent
             sequences = list(self._live)
         for sequence in dict.fromkeys(sequences):
             added = self._updates.get(sequence, Update())

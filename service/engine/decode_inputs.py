@@ -87,6 +87,8 @@ class HostInputs:
         """Write the rows of a step, once the device has read those of the step before."""
         if self._last_read is not None:
             self._last_read.wait()
+        # Should a method raise, the rows written so far must become padding again.
+        self._num_used = max(self._num_used, len(chunks))
         changing, thresholds = [], []
         for row, chunk in enumerate(chunks):
             sequence, kv_len = chunk.sequence, chunk.stop

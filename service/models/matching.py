@@ -19,6 +19,9 @@ Forward = Callable[..., Any]
 # and the fused module may err a fourth more than the original does, or a fourth of a rounding.
 FLOAT32_TOLERANCE = 1e-5
 LOW_PRECISION_FACTOR = 1.25
+# Of the random hidden states, whose root mean square is 1: a bound that a model puts on queries or
+# on activations shows only where numbers are large.
+MAGNITUDES = (1.0, 16.0)
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
 
@@ -35,16 +38,27 @@ def mismatch(module: nn.Module, fused: Forward, call: Call, read: Read) -> str |
     rows = call.rows
     if rows is None:
         return "gets no hidden states"
-    call = call.with_rows(random_like(rows))
+    for magnitude in MAGNITUDES:
+        of_call = call.with_rows(random_like(rows) * magnitude)
+        reason = _mismatch_of_call(module, fused, of_call, read, rows.dtype)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _mismatch_of_call(
+    module: nn.Module, fused: Forward, call: Call, read: Read, dtype: torch.dtype
+) -> str | None:
+    """``mismatch`` for the hidden states that the call has, of this type."""
     try:
         original = read(module.forward(*call.args, **call.kwargs))
         candidate = read(fused(*call.args, **call.kwargs))
-        if rows.dtype == torch.float32:
+        if dtype == torch.float32:
             return _difference(candidate, original, [FLOAT32_TOLERANCE] * len(original))
         exact = read(_run_in_float32(module, call))
     except FAILURES as error:
         return f"fails with {type(error).__name__}: {error}"
-    unit = torch.finfo(rows.dtype).eps / 4
+    unit = torch.finfo(dtype).eps / 4
     own_errors = [_relative_error(o, e) for o, e in zip(original, exact, strict=True)]
     return _difference(candidate, exact, [LOW_PRECISION_FACTOR * e + unit for e in own_errors])
 

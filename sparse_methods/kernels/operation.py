@@ -165,7 +165,7 @@ class QueryTiles:
 
     @property
     def tail_indices(self) -> torch.Tensor:
-        """[n] int32, the prompt tiles that end within of a block."""
+        """[n] int32, last tiles of requests with prompt tiles, of those that end within a block."""
         return self._packed[3]
 
     def prefill_indices_beside(self, runs: tuple[TileRun, ...]) -> torch.Tensor:
@@ -175,7 +175,7 @@ class QueryTiles:
         if runs not in self._indices_beside:  # the same in every layer of a kind
             taken = {index for run in runs for index in range(run.tiles.start, run.tiles.stop)}
             left = [index for index in self._prefill_order if index not in taken]
-            self._indices_beside[runs] = self._column(left).to(torch.int32)
+            self._indices_beside[runs] = self._column(left, torch.int32)
         return self._indices_beside[runs]
 
     @cached_property
@@ -193,11 +193,14 @@ class QueryTiles:
         """What kernels read of the tiles, moved to the device in one copy."""
         tiles, prefill = self.tiles, self._prefill_order
         decode = [index for index, tile in enumerate(tiles) if tile.is_decode]
-        tails = [index for index in prefill if tiles[index].kv_len % self.block_size]
+        begun = {tiles[index].request for index in prefill}
+        # A decode row, where a request starts over: behind its prompt, generated keys follow.
+        last = {tile.request: index for index, tile in enumerate(tiles) if tile.request in begun}
+        tails = [index for index in last.values() if tiles[index].kv_len % self.block_size]
         parts = [[value for tile in tiles for value in tile[:4]], prefill, decode, tails]
         # Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes.
         padded = [part + [0] * (-len(part) % 4) for part in parts]
-        values = self._moved(list(itertools.chain(*padded)), torch.int32)
+        values = self._column(list(itertools.chain(*padded)), torch.int32)
         table, *indices = (
             rows[: len(part)]
             for rows, part in zip(values.split(list(map(len, padded))), parts, strict=True)
@@ -224,14 +227,11 @@ class QueryTiles:
         )
         return built
 
-    def _column(self, values: list[int]) -> torch.Tensor:
-        return self._moved(values, None)
-
-    def _moved(self, values: list[int], dtype: torch.dtype | None) -> torch.Tensor:
-        """On the device, in a copy that nobody waits for."""
-        is_cuda = self.device.type == "cuda"
-        rows = torch.tensor(values, dtype=dtype, pin_memory=is_cuda)
-        return rows.to(self.device, non_blocking=True)
+    def _column(self, values: list[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+        column = torch.tensor(values, dtype=dtype)
+        if self.device.type == "cuda":  # else the copy would wait for all work asked for before it
+            column = column.pin_memory()
+        return column.to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

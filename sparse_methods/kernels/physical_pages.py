@@ -71,7 +71,7 @@ def physical_lists(inputs: AttentionInputs, run: TileRun, blocks: torch.Tensor) 
 
 
 def clear_tails(inputs: AttentionInputs) -> None:
-    """Zero the values behind the last key of each prompt, which nobody wrote.
+    """Zero the values behind the last key of each request with prompt tiles, which nobody wrote.
 
     A kernel that hides such slots by a weight of 0 would make NaN of what is not finite there.
     """
@@ -142,7 +142,7 @@ def _clear(
     values, table, tails, pages, pages_request, stride_page, stride_slot, stride_head,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The end of the page in which one prompt tile ends, of one KV head."""
+    """The end of the page in which the last tile of one request ends, of one KV head."""
     tile = tl.load(tails + tl.program_id(0))
     kv_len = tl.load(table + tile * 4 + 1) + tl.load(table + tile * 4 + 2)
     request = tl.load(table + tile * 4 + 3)

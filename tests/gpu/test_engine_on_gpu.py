@@ -145,6 +145,29 @@ def test_running_ahead_changes_neither_tokens_nor_texts_nor_statistics(on_gpu):
     assert outcomes(on_gpu, requests()) == outcomes(waiting, requests())
 
 
+def test_a_step_with_a_prompt_waits_for_nothing_but_the_tokens_of_the_last_one(on_gpu):
+    sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    prompt = planted_prompt(on_gpu, 200)
+
+    def arrive(index: int) -> None:
+        method = get_sparse_method("dense")()
+        on_gpu.core.add(build_sequence(str(index), prompt, method, sampling, index))
+
+    for index in range(3):  # what is compiled, captured and allocated on the way is there then
+        arrive(index)
+        on_gpu.core.step()
+        on_gpu.core.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        arrive(3)
+        on_gpu.core.step()  # three decode, one is prefilled
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    while on_gpu.core.has_work:
+        on_gpu.core.step()
+
+
 def test_a_whole_step_waits_for_nothing_but_the_tokens_of_the_last_one(on_gpu):
     samplings = [
         SamplingParams(temperature=0, max_tokens=40, ignore_eos=True),

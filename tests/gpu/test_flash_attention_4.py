@@ -69,13 +69,16 @@ def test_lists(geometry, requests):
     check(replace(inputs, lists=lists_of(inputs, choose)))
 
 
-def test_generated_rows_beside_a_prompt():
+@pytest.mark.parametrize("num_prompt_rows", [0, 30], ids=["at a block's end", "within a block"])
+def test_generated_rows_beside_a_prompt(num_prompt_rows):
     inputs = build(GEOMETRIES["8 over 2 of 128"], [(0, 700), (512, 1100)], 128, torch.bfloat16)
     tiles = list(inputs.tiles.tiles)
     last = tiles.pop()
+    if num_prompt_rows:
+        tiles.append(last._replace(num_rows=num_prompt_rows))
     tiles += [
         Tile(last.first_row + row, 1, last.position + row, last.request, is_decode=True)
-        for row in range(last.num_rows)
+        for row in range(num_prompt_rows, last.num_rows)
     ]
     check(replace(inputs, tiles=QueryTiles(tuple(tiles), 128, inputs.tiles.device)))
 

@@ -280,6 +280,27 @@ def test_a_step_that_cannot_be_collected_fails_its_sequences_and_the_next_goes_o
     assert core.num_pages_used == 0
 
 
+def test_who_waits_goes_on_when_all_of_a_step_that_failed_have_ended(ahead, monkeypatch):
+    core, ending, waiting = ahead.core, request(9), request(2, 1)
+    ending.sampling = replace(ending.sampling, stop_token_ids=tuple(range(4096)))
+    waiting.prompt_ids *= 9  # more pages than are free
+    core.add(ending)
+    core.add(waiting)
+    core.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(ahead.runner, "run", boom)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            core.step()  # what fails is the row behind the end
+    updates = core.fail_step(GenerationError("failed"))
+    assert list(updates) == [ending]
+    assert updates[ending].error is None
+    assert updates[ending].finish is not None
+    tokens = []
+    while core.has_work:
+        tokens += [token for update in core.step().values() for token in update.token_ids]
+    assert len(tokens) == 2
+
+
 def test_pages_are_free_at_once_when_a_sequence_in_flight_is_aborted(ahead):
     core, one = ahead.core, request(50)
     core.add(one)

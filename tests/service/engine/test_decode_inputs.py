@@ -98,6 +98,22 @@ def test_a_row_says_what_its_sequence_is():
     assert one.fields.shape == (NUM_ROWS, NUM_FIELDS + NUM_PAGES)
 
 
+def test_a_step_that_could_not_be_described_leaves_nothing_behind(monkeypatch):
+    rng, one = random.Random(0), inputs()
+    one.describe([])
+    rows = [sequence(rng, slot) for slot in range(3)]
+    rows[0].method, rows[1].method, rows[2].method = METHODS
+    chunks = [Chunk(row, row.num_tokens - 1, 1) for row in rows]
+    with monkeypatch.context() as broken:
+        broken.setattr(type(METHODS[2]), "skip_threshold", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            one.describe(chunks)
+    one.describe(chunks[:1])
+    fresh = inputs()
+    fresh.describe(chunks[:1])
+    assert same(one, fresh)
+
+
 def test_a_pending_token_is_a_reference_to_its_slot():
     one, row = inputs(), sequence(random.Random(1), 5)
     row.num_pending_tokens = 1

@@ -57,6 +57,13 @@ def test_what_is_no_answer_is_said(fused, sentence):
     assert sentence in (mismatch(module, fused, call, alone) or "")
 
 
+def test_a_bound_that_only_large_numbers_reach_is_noticed():
+    module, call = linear()
+    bounded = nn.Sequential(module, nn.Hardtanh(-8.0, 8.0))
+    assert mismatch(bounded, bounded.forward, call, alone) is None
+    assert "differs by" in (mismatch(bounded, module.forward, call, alone) or "")
+
+
 def test_a_call_without_hidden_states_cannot_be_compared():
     module, _ = linear()
     call = Call((), {"other": 1}, None)

@@ -179,6 +179,14 @@ def test_a_rotation_of_neighbours_is_noticed(monkeypatch):
     assert operated.error() < TOLERANCE
 
 
+def test_bounds_on_queries_and_keys_are_noticed(monkeypatch):
+    monkeypatch.setitem(tiny._RECIPES, "olmo", ("Olmo", {"clip_qkv": 8.0}))
+    operated = Operated(tiny.build("olmo"))
+    assert any("4 OlmoAttention left as they are: differs" in note for note in operated.notes)
+    assert any("4 OlmoMLP" in note for note in operated.notes if note.startswith("Fused"))
+    assert operated.error() < TOLERANCE
+
+
 def test_a_model_that_cannot_be_recorded_is_left_alone():
     model = tiny.build("llama")
     layers = discover(model)

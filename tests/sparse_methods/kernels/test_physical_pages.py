@@ -1,11 +1,19 @@
 """Lists of physical pages and clean ends, against what the tables say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sparse_methods.kernels.operation import LayerGeometry, count_selected, visible_blocks
+from sparse_methods.kernels.operation import (
+    LayerGeometry,
+    QueryTiles,
+    Tile,
+    count_selected,
+    visible_blocks,
+)
 from sparse_methods.kernels.physical_pages import clear_tails, physical_lists
-from tests.sparse_methods.kernels.cases import DEVICE, build, lists_of
+from tests.sparse_methods.kernels.cases import DEVICE, build, cut, lists_of
 
 GEOMETRY = LayerGeometry(num_heads=6, num_kv_heads=2, head_dim=16, value_dim=16, scale=0.25)
 REQUESTS = [(0, 37), (32, 90), (19, 50)]  # the last one begins within of a block
@@ -88,3 +96,18 @@ def test_values_behind_the_last_key_become_zero_and_no_others():
         assert before[page, kv_len % 16 :].isnan().all()
         assert (inputs.values[page, kv_len % 16 :] == 0).all()
     assert torch.equal(inputs.values, before.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("num_generated", [3, 11, 14])
+def test_generated_values_behind_a_prompt_that_is_computed_again_stay(num_generated):
+    """After preemption, a step holds the end of a prompt and the rows generated behind it."""
+    num_prompt = 37
+    inputs = build(GEOMETRY, [(0, num_prompt + num_generated)])
+    prompt = cut([(0, num_prompt)], 16).tiles
+    rows = range(num_prompt, num_prompt + num_generated)
+    generated = tuple(Tile(row, 1, row, 0, is_decode=True) for row in rows)
+    tiles = QueryTiles(prompt + generated, 16, inputs.query.device)
+    inputs = replace(inputs, tiles=tiles)
+    expected = inputs.values.nan_to_num(0.0)
+    clear_tails(inputs)
+    assert torch.equal(inputs.values, expected)
