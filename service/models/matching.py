@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional
 
+from service.models.kernels.operations import Activation
 from service.models.recording import Call, random_like
 
 Outputs = tuple[torch.Tensor, ...]
@@ -23,6 +26,12 @@ LOW_PRECISION_FACTOR = 1.25
 # on activations shows only where numbers are large.
 MAGNITUDES = (1.0, 16.0)
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
+_ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 
 
 @torch.no_grad()
@@ -100,3 +109,19 @@ def _difference(candidate: Outputs, expected: Outputs, allowed: list[float]) -> 
 def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     difference = (actual.double() - expected.double()).norm()
     return float(difference / expected.double().norm().clamp_min(1e-30))
+
+
+def activations(module: nn.Module) -> list[Activation]:
+    """What the activation of a gated product may be.
+
+    Compared alone and in float64, as kinds of gelu differ by less than 16-bit products do.
+    """
+    own = next((getattr(module, n) for n in _ACTIVATION_NAMES if hasattr(module, n)), None)
+    if own is None:
+        return list(_ACTIVATIONS)
+    grid = torch.linspace(-6, 6, 1025, dtype=torch.float64)
+    return [
+        name
+        for name, known in _ACTIVATIONS.items()
+        if torch.allclose(own(grid.clone()), known(grid), rtol=1e-6, atol=1e-9)
+    ]

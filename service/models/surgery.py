@@ -24,13 +24,20 @@ from service.models.fused_modules import (
     merge,
 )
 from service.models.kernels import pick_module_kernels
-from service.models.kernels.operations import Activation, Norm, Projection, RotaryHeads
-from service.models.matching import FAILURES, Forward, Outputs, Read, mismatch, replaced_forward
+from service.models.kernels.operations import Norm, Projection, RotaryHeads
+from service.models.matching import (
+    FAILURES,
+    Forward,
+    Outputs,
+    Read,
+    activations,
+    mismatch,
+    replaced_forward,
+)
 from service.models.recording import Call, StandInAttention, record, standing_in
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _OFFSETS = (0.0, 1.0)
-_ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
 _LAYER_CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _NOT_RECOGNISED = "has another structure"
 
@@ -162,7 +169,7 @@ class _Surgeon:
         down: nn.Linear = module.down_proj  # type: ignore[assignment]
         merged = merge(gate_and_up)
         projection = Projection(merged.weight, merged.bias, (down.in_features,) * 2)
-        candidates = [FusedMlp(projection, down, act, self._kernels) for act in _ACTIVATIONS]
+        candidates = [FusedMlp(projection, down, a, self._kernels) for a in activations(module)]
         self._take(module, candidates, _tensor)
 
     def _take_attention(self, layer: DiscoveredLayer) -> None:

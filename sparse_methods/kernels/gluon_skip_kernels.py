@@ -119,7 +119,8 @@ def attend_tile_with_threshold(
     no_scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
     num_skipped = 0
     num_kept = 0
-    mbarrier.wait(arrived.index(0), 0)
+    # A list without blocks is not allowed, and comes out as NaN; nobody may wait for its keys.
+    mbarrier.wait(arrived.index(0), 0, pred=num_visits > 0)
     token = warpgroup_mma(
         query_tile, key_tiles.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True
     )

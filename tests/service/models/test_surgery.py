@@ -76,6 +76,16 @@ def test_biases_of_some_projections_are_merged():
 
 
 @pytest.mark.parametrize(
+    ("activation", "is_fused"), [("silu", True), ("gelu_pytorch_tanh", True), ("gelu", False)]
+)
+def test_an_activation_is_told_from_its_likes_in_16_bits_too(activation, is_fused):
+    model = tiny.build("llama", hidden_act=activation)
+    model.bfloat16()
+    taken = Operated(model).fusions.modules
+    assert (model.model.layers[0].mlp in taken) == is_fused
+
+
+@pytest.mark.parametrize(
     "path",
     [
         "self_attn.q_proj.weight",
