@@ -152,10 +152,11 @@ def _raise_errors(updates: dict[Sequence, Update]) -> None:
 
 @contextmanager
 def _plain(loaded: LoadedModel, attention: str) -> Iterator[Any]:
-    """The same model object under transformers' own attention."""
+    """The same model object with its own modules under transformers' own attention."""
     loaded.model.set_attn_implementation(attention)
     try:
-        yield loaded.model
+        with loaded.fusions.suspended():
+            yield loaded.model
     finally:
         loaded.model.set_attn_implementation(NAME)
 
