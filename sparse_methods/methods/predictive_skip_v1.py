@@ -49,6 +49,7 @@ class PredictiveSkip(BlockMethod):
     """
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase.PREFILL,)
+    measured_break_even: ClassVar[int] = 4096
     source: ClassVar[str] = "arXiv:2512.12087, predicted"
 
     class Knobs(BlockKnobs):

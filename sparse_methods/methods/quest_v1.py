@@ -39,6 +39,7 @@ class Quest(BlockMethod):
 
     source: ClassVar[str] = "arXiv:2406.10774"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.DECODE,)
+    measured_break_even: ClassVar[int] = 16_000
     uses_summaries: ClassVar[bool] = True
 
     class Knobs(BlockKnobs):

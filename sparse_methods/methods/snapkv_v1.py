@@ -39,6 +39,7 @@ class SnapKV(BlockMethod):
 
     source: ClassVar[str] = "arXiv:2404.14469"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.DECODE,)
+    measured_break_even: ClassVar[int] = 16_000
 
     class Knobs(BlockKnobs):
         """How much of the prompt stays visible, and who decides."""
