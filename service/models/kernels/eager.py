@@ -1,8 +1,8 @@
 """The passes between matrix products in PyTorch, in as few trips through memory as it can do.
 
-On one core of a CPU, 2048 rows: a norm of 512 channels takes 0.2 ms instead of 3.2 for the mean of
-squares written out, as a vector norm is one vectorised pass; norm and rotation of ten heads take
-1.2 ms instead of 11.6, as the weights join the small tables of angles and nothing is concatenated.
+Measured alone on one core of a CPU, a norm takes a sixteenth and a norm with RoPE a tenth of the
+time of the modules' own passes: a vector norm is one vectorised pass, and weights join the small
+tables of angles. Of a whole model that is a few percent, as products are nine tenths of it.
 """
 
 import torch
