@@ -31,6 +31,23 @@ def base_2_scores(query, keys, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def tile_and_head(order, num_tiles, heads_at_once):
+    """What a program computes: heads that share keys side by side, the longest tiles first."""
+    program = tl.program_id(0)
+    per_section = num_tiles * heads_at_once
+    within = program % per_section
+    head = program // per_section * heads_at_once + within % heads_at_once
+    return tl.load(order + within // heads_at_once), head
+
+
+@triton.jit
+def described(table, tile):
+    """First row, number of rows, position and request of a tile."""
+    row = table + tile * 4
+    return tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+
+
+@triton.jit
 def first_visible(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     """``LayerGeometry.first_visible``."""
     first = position * 0
@@ -127,16 +144,9 @@ def attend_tile(
     HAS_LISTS: tl.constexpr = indices is not None
 
     # Which tile, which head --------------------------------------------------------------------
-    program = tl.program_id(0)
-    per_section = num_tiles * heads_at_once
-    within = program % per_section
-    head = program // per_section * heads_at_once + within % heads_at_once
+    tile, head = tile_and_head(order, num_tiles, heads_at_once)
     kv_head = head // GROUP
-    tile = tl.load(order + within // heads_at_once)
-    first_row = tl.load(table + tile * 4).to(tl.int64)
-    num_rows = tl.load(table + tile * 4 + 1)
-    position = tl.load(table + tile * 4 + 2)
-    request = tl.load(table + tile * 4 + 3)
+    first_row, num_rows, position, request = described(table, tile)
     page_row = pages + request * pages_request
     kv_len = position + num_rows
 

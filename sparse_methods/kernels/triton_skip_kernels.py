@@ -11,8 +11,10 @@ import triton.language as tl
 from sparse_methods.kernels.triton_prefill_kernels import (
     VARYING,
     base_2_scores,
+    described,
     first_visible,
     load_tile,
+    tile_and_head,
 )
 
 _SECOND = tl.constexpr(1024)  # what a row's vote for the second block counts; more rows than a tile
@@ -79,16 +81,9 @@ def attend_tile_with_threshold(
     HAS_LISTS: tl.constexpr = indices is not None
 
     # Which tile, which head --------------------------------------------------------------------
-    program = tl.program_id(0)
-    per_section = num_tiles * heads_at_once
-    within = program % per_section
-    head = program // per_section * heads_at_once + within % heads_at_once
+    tile, head = tile_and_head(order, num_tiles, heads_at_once)
     kv_head = head // GROUP
-    tile = tl.load(order + within // heads_at_once)
-    first_row = tl.load(table + tile * 4).to(tl.int64)
-    num_rows = tl.load(table + tile * 4 + 1)
-    position = tl.load(table + tile * 4 + 2)
-    request = tl.load(table + tile * 4 + 3)
+    first_row, num_rows, position, request = described(table, tile)
     page_row = pages + request * pages_request
     kv_len = position + num_rows
 
