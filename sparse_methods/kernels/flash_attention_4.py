@@ -34,7 +34,7 @@ from sparse_methods.kernels.triton_workspace import Workspace
 
 _BLOCK = 128  # keys of a tile of the library, which must be a page
 _HEAD_DIMS = (64, 96, 128)  # with which its tiles of keys are that long
-_LEAST_ROWS = 512  # a shorter run costs the host more than the device gains
+_LEAST_ROWS = 512  # many shorter runs share one launch of our own kernels instead
 
 
 @cute.jit  # type: ignore[untyped-decorator]

@@ -8,7 +8,7 @@ import torch
 
 from sparse_methods.kernels import reference
 from sparse_methods.kernels.operation import LayerGeometry, QueryTiles, Tile
-from tests.sparse_methods.kernels.cases import build, lists_of
+from tests.sparse_methods.kernels.cases import build, lists_of, on_float32
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,13 +36,7 @@ def check(inputs):
     from sparse_methods.kernels import flash_attention_4
 
     assert flash_attention_4._runs(inputs), "nothing here is for the library"
-    in_float32 = replace(
-        inputs,
-        query=inputs.query.float(),
-        keys=inputs.keys.float(),
-        values=inputs.values.nan_to_num(0.0).float(),
-    )
-    expected = reference.attend(in_float32)
+    expected = reference.attend(on_float32(inputs))
     result = flash_attention_4.attend(inputs)
     torch.testing.assert_close(result.output.float(), expected.output, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(result.lse, expected.lse, atol=2e-2, rtol=2e-2)

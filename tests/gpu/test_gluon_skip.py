@@ -8,7 +8,7 @@ import torch
 
 from sparse_methods.kernels import reference
 from sparse_methods.kernels.operation import LayerGeometry
-from tests.sparse_methods.kernels.cases import build, lists_of
+from tests.sparse_methods.kernels.cases import build, lists_of, on_float32
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,13 +45,7 @@ def check(inputs):
     from sparse_methods.kernels import gluon_skip, triton_attention
 
     assert gluon_skip.serves(inputs)
-    in_float32 = replace(
-        inputs,
-        query=inputs.query.float(),
-        keys=inputs.keys.float(),
-        values=inputs.values.nan_to_num(0.0).float(),
-    )
-    expected = reference.attend(in_float32)
+    expected = reference.attend(on_float32(inputs))
     result = triton_attention.attend(inputs)
     torch.testing.assert_close(result.output.float(), expected.output, atol=3e-2, rtol=3e-2)
     torch.testing.assert_close(result.lse, expected.lse, atol=2e-2, rtol=2e-2)

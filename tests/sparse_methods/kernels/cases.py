@@ -1,5 +1,7 @@
 """Packed batches of prompts on shuffled pages, to compare implementations of the operation."""
 
+from dataclasses import replace
+
 import torch
 
 from sparse_methods.kernels.operation import (
@@ -72,3 +74,9 @@ def lists_of(inputs, choose):
                 indices[tile, head, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
                 counts[tile, head] = len(blocks)
     return BlockLists(indices.to(DEVICE), counts.to(DEVICE))
+
+
+def on_float32(inputs):
+    """The same batch for the reference, which knows no other precision."""
+    values = {name: getattr(inputs, name) for name in ("query", "keys", "values", "sinks")}
+    return replace(inputs, **{k: v if v is None else v.float() for k, v in values.items()})

@@ -11,7 +11,7 @@ from sparse_methods.kernels.operation import LayerGeometry, QueryTiles, visible_
 from sparse_methods.kernels.physical_pages import clear_tails
 from sparse_methods.kernels.triton_prefill import PrefillConfig
 from sparse_methods.kernels.triton_workspace import Workspace
-from tests.sparse_methods.kernels.cases import DEVICE, build, cut, lists_of
+from tests.sparse_methods.kernels.cases import DEVICE, build, cut, lists_of, on_float32
 
 PLAIN = LayerGeometry(num_heads=2, num_kv_heads=1, head_dim=16, value_dim=16, scale=0.25)
 TWO_KV = replace(PLAIN, num_kv_heads=2)
@@ -22,11 +22,6 @@ TOLERANCES = {
     torch.float16: (2e-3, 2e-3),
     torch.bfloat16: (2e-2, 2e-2),
 }
-
-
-def on_float32(inputs):
-    values = {name: getattr(inputs, name) for name in ("query", "keys", "values", "sinks")}
-    return replace(inputs, **{k: v if v is None else v.float() for k, v in values.items()})
 
 
 def assert_matches(inputs, result=None):
