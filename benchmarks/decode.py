@@ -30,8 +30,8 @@ _GEOMETRY = LayerGeometry(
 )
 _PAGE = 128
 _SHAPES = ((1, 131072), (8, 32768), (32, 8192))
-_TRIED = tuple(product((2, 4, 8, 16), (32, 64, 128), (4,), (2, 3, 4)))  # ``DecodeConfig``
-_TRIED_QUICKLY = tuple(product((4, 8), (64,), (4,), (2, 3, 4)))
+_TRIED = tuple(product((4, 8, 16), (1, 2, 4), (32, 64, 128), (4,), (2, 3, 4)))  # ``DecodeConfig``
+_TRIED_QUICKLY = tuple(product((8,), (1, 2, 4, 8), (64, 128), (4,), (3,)))
 Run = Callable[[], object]
 
 
@@ -93,7 +93,7 @@ def configurations(tried: Sequence[tuple[int, ...]]) -> dict[str, float]:
             (f"1/8 {shape}", replace(tensors, lists=_lists(tensors, one_in=8))),
         )
     }
-    names = "split {} step {} warps {} stages {}"
+    names = "split {} listed {} step {} warps {} stages {}"
     results = {}
     for numbers in tried:
         for name, case in cases.items():

@@ -57,6 +57,8 @@ class SparseAttentionMethod(ABC):
         phases: Phases in which the method can leave blocks out.
         source: Publication or code the rule comes from.
         uses_summaries: Whether its views must hold page summaries.
+        selects_per_layer: Whether its selection may differ from layer to layer; if not, it is asked
+            once per step.
         evaluation_only: Whether it costs more than dense attention, and exists to be compared with.
         has_target_sparsity: Whether its own thresholds can be calibrated to a target sparsity.
     """
@@ -67,6 +69,7 @@ class SparseAttentionMethod(ABC):
     phases: ClassVar[tuple[Phase, ...]] = (Phase.PREFILL, Phase.DECODE)
     source: ClassVar[str] = ""
     uses_summaries: ClassVar[bool] = False
+    selects_per_layer: ClassVar[bool] = True
     evaluation_only: ClassVar[bool] = False
     has_target_sparsity: ClassVar[bool] = False
 
@@ -133,6 +136,10 @@ class SparseAttentionMethod(ABC):
     def adapt_thresholds(self, view: ThresholdView) -> torch.Tensor | None:  # noqa: ARG002 - a hook
         """[N] log of lambda for this layer, instead of ``skip_threshold``; None keeps that."""
         return None
+
+    def adapts_thresholds(self, phase: Phase) -> bool:  # noqa: ARG002 - a hook
+        """Whether ``adapt_thresholds`` may answer; where it may not, no layer prepares to ask."""
+        return type(self).adapt_thresholds is not SparseAttentionMethod.adapt_thresholds
 
     def with_calibration(self, calibration: MethodCalibration) -> Self:  # noqa: ARG002 - a hook
         """The same method bound to fits for the model that is served, if they are of it."""

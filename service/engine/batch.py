@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from service.engine.grouping import OwnedTile, group_adaptive, group_tiles, overrides
@@ -47,10 +48,7 @@ def build_batch(chunks: Items[Chunk], block_size: int, device: torch.device) -> 
             last_rows.append(len(token_ids) - 1)
     positions = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
     page_table = _page_table(chunks)
-    requests = torch.repeat_interleave(
-        torch.arange(len(chunks)), torch.tensor([chunk.num_tokens for chunk in chunks])
-    )
-    slots = page_table[requests, positions // block_size] * block_size + positions % block_size
+    slots = torch.cat([_slots(chunk, block_size) for chunk in chunks])
     owned = [OwnedTile(*pair) for pair in zip(tiles, owners, strict=True)]
     methods = {chunk.sequence.method for chunk in chunks}
     attention = AttentionBatch(
@@ -70,7 +68,7 @@ def build_batch(chunks: Items[Chunk], block_size: int, device: torch.device) -> 
         scores_pages=any(overrides(method, "score_pages") for method in methods),
     )
     return Batch(
-        token_ids=to_device(token_ids, device),
+        token_ids=to_device(torch.from_numpy(np.array(token_ids)), device),  # fast if they are many
         positions=to_device(positions, device),
         last_rows=to_device(last_rows, device, torch.int64),
         completed=[chunk.sequence for chunk in chunks if chunk.completes],
@@ -98,6 +96,15 @@ def cut_tiles(chunk: Chunk, request: int, first_row: int, block_size: int) -> li
         tiles.append(Tile(row, end - position, position, request, is_decode))
         position = end
     return tiles
+
+
+def _slots(chunk: Chunk, block_size: int) -> torch.Tensor:
+    """[num_tokens] int64, flat slots of a chunk's tokens: by whole pages, never token by token."""
+    first = chunk.start // block_size
+    pages = torch.tensor(chunk.sequence.pages[first : -(-chunk.stop // block_size)])
+    slots = (pages[:, None] * block_size + torch.arange(block_size)).flatten()
+    offset = chunk.start - first * block_size
+    return slots[offset : offset + chunk.num_tokens]
 
 
 def _page_table(chunks: Items[Chunk]) -> torch.Tensor:

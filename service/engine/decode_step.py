@@ -188,7 +188,7 @@ def host_tiles(chunks: Items[Chunk], num_rows: int) -> tuple[Tile, ...]:
 
 
 def _is_adaptive(method: SparseAttentionMethod) -> bool:
-    return overrides(method, "adapt_thresholds")
+    return method.adapts_thresholds(Phase.DECODE)
 
 
 def _rounded(count: int) -> int:

@@ -76,7 +76,7 @@ def group_adaptive(tiles: Items[OwnedTile], device: torch.device) -> list[Thresh
     members: dict[tuple[SparseAttentionMethod, Phase], list[int]] = {}
     for index, tile in enumerate(tiles):
         method = tile.owner.method
-        if tile.is_sparse and overrides(method, "adapt_thresholds"):
+        if tile.is_sparse and method.adapts_thresholds(tile.phase):
             members.setdefault((method, tile.phase), []).append(index)
     return [
         ThresholdGroup(

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from sparse_methods.kernels.operation import BlockLists, LayerGeometry, QueryTiles, visible_blocks
+from sparse_methods.kernels.selection import OwnedLists, merge
 from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.views import (
     BlockSelection,
@@ -101,17 +102,33 @@ class Layer:
     page_scores: torch.Tensor | None
 
 
+Selection = BlockSelection | PageSelection
+# What methods that decide alike in every layer have decided in this step, by place of the group.
+Decided = dict[int, Selection | None]
+
+
 def select(
-    layer: Layer, query: torch.Tensor, groups: Sequence[PrefillGroup | DecodeGroup], num_tiles: int
+    layer: Layer,
+    query: torch.Tensor,
+    groups: Sequence[PrefillGroup | DecodeGroup],
+    num_tiles: int,
+    decided: Decided | None = None,
 ) -> BlockLists | None:
     """Ask each group; tiles whose method answers None read every visible block.
 
-    ``query`` holds the [T, Hq, D] packed rows of a batch of ``num_tiles`` tiles.
+    ``query`` holds the [T, Hq, D] packed rows of a batch of ``num_tiles`` tiles. ``decided`` is
+    the step's, empty in its first layer; without it every method is asked in every layer.
     """
-    answers: list[tuple[PrefillGroup | DecodeGroup, BlockSelection | PageSelection]] = []
-    for group in groups:
-        ask = _ask_prefill if isinstance(group, PrefillGroup) else _ask_decode
-        selection = ask(layer, query, group)  # type: ignore[arg-type]
+    decided = {} if decided is None else decided
+    answers: list[tuple[PrefillGroup | DecodeGroup, Selection]] = []
+    for place, group in enumerate(groups):
+        if place not in decided:
+            ask = _ask_prefill if isinstance(group, PrefillGroup) else _ask_decode
+            selection = ask(layer, query, group)  # type: ignore[arg-type]
+            if not group.method.selects_per_layer:
+                decided[place] = selection
+        else:
+            selection = decided[place]
         if selection is not None:
             answers.append((group, selection))
     if not answers:
@@ -121,21 +138,26 @@ def select(
     return _merged(answers, num_tiles)
 
 
-def _only(
-    group: PrefillGroup | DecodeGroup, selection: BlockSelection | PageSelection
-) -> BlockLists:
+def _only(group: PrefillGroup | DecodeGroup, selection: Selection) -> BlockLists:
     """What one method decided for all tiles; whose count is -1, nobody reads the list of."""
     counts = selection.counts
     if isinstance(group, DecodeGroup) and group.members is not None:
-        counts = counts.masked_fill(~group.members[:, None], -1)
+        counts = torch.where(group.members[:, None], counts, -1)
     return BlockLists(selection.indices.contiguous(), counts.contiguous())
 
 
 def _merged(
-    answers: Sequence[tuple[PrefillGroup | DecodeGroup, BlockSelection | PageSelection]],
+    answers: Sequence[tuple[PrefillGroup | DecodeGroup, Selection]],
     num_tiles: int,
 ) -> BlockLists:
     """Lists as wide as the widest, of tiles that several groups share."""
+    parts = [
+        OwnedLists(selection.indices, selection.counts, group.members)
+        for group, selection in answers
+        if isinstance(group, DecodeGroup) and group.members is not None
+    ]
+    if len(parts) == len(answers):  # a padded step: everybody answers for all rows
+        return BlockLists(*merge(parts))
     num_kv_heads, device = answers[0][1].counts.shape[1], answers[0][1].counts.device
     capacity = max(selection.indices.shape[2] for _, selection in answers)
     indices = torch.zeros(num_tiles, num_kv_heads, capacity, dtype=torch.int32, device=device)
@@ -145,10 +167,6 @@ def _merged(
         places: slice | torch.Tensor = group.tiles
         if count.shape[0] == num_tiles:
             places = slice(None)  # of ascending ones: all of them, without a copy
-        if isinstance(group, DecodeGroup) and group.members is not None:
-            members = group.members[:, None]
-            listed = torch.where(members[..., None], listed, indices[places, :, :width])
-            count = torch.where(members, count, counts[places])
         indices[places, :, :width] = listed
         counts[places] = count
     return BlockLists(indices, counts)

@@ -8,6 +8,7 @@ sizes) is computed by the Triton kernels.
 Source: Dao-AILab, FlashAttention-4, package ``flash-attn-4``.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,9 @@ from sparse_methods.kernels.triton_workspace import Workspace
 
 _BLOCK = 128  # keys of a tile of the library, which must be a page
 _HEAD_DIMS = (64, 96, 128)  # with which its tiles of keys are that long
-_LEAST_ROWS = 512  # many shorter runs share one launch of our own kernels instead
+# Many shorter runs share one launch of our own kernels instead, which also ask less of the host.
+_LEAST_ROWS = 512
+_LEAST_SCORES = 2048 * 2048
 
 
 @cute.jit  # type: ignore[untyped-decorator]
@@ -62,7 +65,7 @@ def attend(inputs: AttentionInputs) -> AttentionOutputs:
 
 def prepare(geometry: LayerGeometry, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what ``attend`` will call for a layer: seconds that no request should wait."""
-    num_blocks = -(-_LEAST_ROWS // _BLOCK)
+    num_blocks = -(-max(_LEAST_ROWS, math.isqrt(_LEAST_SCORES)) // _BLOCK)
     tiles = tuple(
         Tile(n * _BLOCK, _BLOCK, n * _BLOCK, 0, is_decode=False) for n in range(num_blocks)
     )
@@ -97,7 +100,11 @@ def _runs(inputs: AttentionInputs) -> tuple[TileRun, ...]:
     )
     if not fits:
         return ()
-    return tuple(run for run in inputs.tiles.runs if run.num_rows >= _LEAST_ROWS)
+    return tuple(
+        run
+        for run in inputs.tiles.runs
+        if run.num_rows >= _LEAST_ROWS and run.num_rows * run.kv_len >= _LEAST_SCORES
+    )
 
 
 def _count(inputs: AttentionInputs, runs: tuple[TileRun, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,9 @@ Ranks fall from left to right of an order that nobody sorts on a GPU, so ties ne
 entries the earlier comes first, in every implementation. Triton loads when a kernel is needed.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 
@@ -71,6 +74,43 @@ def group_shares(
     total = weights.cumsum(-1)[..., -1:].clamp(min=1.0)
     shares = (weights / total).sum(-3).masked_fill(~is_choice, -1.0)
     return shares.masked_fill((blocks <= own) & ~is_choice, float("inf"))
+
+
+@dataclass(frozen=True)
+class OwnedLists:
+    """One method's lists for all rows of a step, some of which are its own.
+
+    Attributes:
+        indices: [N, Hkv, C] int32.
+        counts: [N, Hkv] int32.
+        members: [N] bool, the rows that it decides for.
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    members: torch.Tensor
+
+
+def merge(parts: Sequence[OwnedLists]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists as wide as the widest of which each row's are its owner's; nobody owns a row twice.
+
+    Returns:
+        [N, Hkv, C] int32 and [N, Hkv] int32; the count of a row without an owner is -1, and
+        entries of it or behind a count are arbitrary.
+    """
+    widest = max(part.indices.shape[2] for part in parts)
+    indices = parts[0].indices.new_empty(*parts[0].indices.shape[:2], widest)
+    counts = torch.full_like(parts[0].counts, -1, memory_format=torch.contiguous_format)
+    if has_kernels(indices):
+        from sparse_methods.kernels import triton_lists
+
+        triton_lists.merge_into(indices, counts, parts)
+        return indices, counts
+    indices.zero_()
+    for part in parts:
+        indices[part.members, :, : part.indices.shape[2]] = part.indices[part.members]
+        counts[part.members] = part.counts[part.members]
+    return indices, counts
 
 
 def list_kept(

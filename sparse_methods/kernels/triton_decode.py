@@ -37,12 +37,15 @@ class DecodeConfig:
 
     Attributes:
         split_blocks: Blocks of a split, a power of two.
+        listed_split_blocks: Blocks of a split of a row with a list and no thresholds beside it,
+            not more: lists are short, and few long splits would leave the device idle.
         step_keys: Most keys of one step of a program's loop, a power of two.
         num_warps: Warps of a program.
         num_stages: Steps whose loads are under way at once.
     """
 
     split_blocks: int
+    listed_split_blocks: int
     step_keys: int
     num_warps: int
     num_stages: int
@@ -52,7 +55,13 @@ def default_config(inputs: AttentionInputs) -> DecodeConfig:
     """What was fastest on an H100 of those that ``benchmarks/decode.py`` compares."""
     widest = triton.next_power_of_2(max(inputs.keys.shape[3], inputs.values.shape[3]))
     step_keys = _STEP_BYTES // (widest * inputs.keys.element_size())
-    return DecodeConfig(split_blocks=8, step_keys=min(128, step_keys), num_warps=4, num_stages=3)
+    return DecodeConfig(
+        split_blocks=8,
+        listed_split_blocks=2,
+        step_keys=min(128, step_keys),
+        num_warps=4,
+        num_stages=3,
+    )
 
 
 def decode(
@@ -86,7 +95,13 @@ class _Decode:
         self.inputs, self.indices, self.workspace, self.config = inputs, indices, workspace, config
         geometry, block_size = inputs.geometry, inputs.tiles.block_size
         longest = max(tile.kv_len for tile in inputs.tiles.tiles if tile.num_rows == 1)
+        self.listed_split = config.listed_split_blocks
+        if inputs.log_thresholds is not None:
+            self.listed_split = config.split_blocks
         self.num_splits = triton.cdiv(triton.cdiv(longest, block_size), config.split_blocks)
+        if inputs.lists is not None:
+            capacity = inputs.lists.indices.shape[2]
+            self.num_splits = max(self.num_splits, triton.cdiv(capacity, self.listed_split))
         self.step_keys = min(config.step_keys, max(16, triton.next_power_of_2(block_size)))
         shape = (indices.shape[0], geometry.num_heads, self.num_splits)
         self.scratch = inputs.query.new_empty(0, dtype=torch.float32)
@@ -101,7 +116,7 @@ class _Decode:
         """Launch two or three kernels."""
         if self.inputs.log_thresholds is None:
             arguments = self._keys() | self._values() | self._walk()
-            kernels.attend_kernel[self.grid](**arguments)
+            kernels.attend_kernel[self.grid](**arguments, LISTED_SPLIT=self.listed_split)
         else:
             self._run_with_thresholds(self.inputs.log_thresholds)
         self._merge()
@@ -138,6 +153,7 @@ class _Decode:
             VALUE_DIM=geometry.value_dim,
             CHANNELS=_MERGED_CHANNELS,
             WIDTH=_MERGED_SPLITS,
+            LISTED_SPLIT=self.listed_split,
         )
 
     def _keys(self) -> dict[str, Any]:

@@ -36,6 +36,15 @@ def _num_entries(row, first, last, counts):
 
 
 @triton.jit
+def _split_size(row, counts, SPLIT: tl.constexpr, LISTED_SPLIT: tl.constexpr):
+    """Entries of a split of the row."""
+    size = tl.full([], SPLIT, tl.int32)
+    if counts is not None:
+        size = tl.where(tl.load(counts + row) >= 0, LISTED_SPLIT, SPLIT)
+    return size
+
+
+@triton.jit
 def _entries(place, number, row, tile, first, last, counts, lists, capacity, diagonal_first):
     """Blocks at places of the visiting order, and which of them the row visits."""
     block = first + place
@@ -130,7 +139,8 @@ def attend_kernel(
     outputs, maxima, sums,
     indices, tiles, counts, num_splits,
     pages, pages_stride, lists, capacity, diagonal_first,
-    BLOCK: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, LISTED_SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr,
     SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
@@ -142,11 +152,12 @@ def attend_kernel(
     row = tile * num_kv_heads + head
     position, first_key, first, last = _visible(tile, tiles, BLOCK, WINDOW, CHUNK)
     number = _num_entries(row, first, last, counts)
-    if split * SPLIT >= number:
+    size = _split_size(row, counts, SPLIT, LISTED_SPLIT)
+    if split * size >= number:
         return
-    at = tl.arange(0, SPLIT)
+    at = tl.arange(0, SPLIT)  # of them, the split's own are walked through
     block, is_visited = _entries(
-        split * SPLIT + at, number, row, tile, first, last, counts, lists, capacity, diagonal_first
+        split * size + at, number, row, tile, first, last, counts, lists, capacity, diagonal_first
     )
     page = _pages(block, is_visited, tile, tiles, pages, pages_stride)
     block = tl.where(is_visited, block, last + 1)  # of which the row sees nothing
@@ -160,7 +171,7 @@ def attend_kernel(
     total = tl.zeros([HEADS], tl.float32)
     output = tl.zeros([HEADS, VALUE_CHANNELS], tl.float32)
     STEPS: tl.constexpr = (BLOCK + STEP - 1) // STEP
-    for step in range(tl.minimum(number - split * SPLIT, SPLIT) * STEPS):
+    for step in range(tl.minimum(number - split * size, size) * STEPS):
         is_current = at == step // STEPS
         current_page = _at(page, is_current)
         slots = step % STEPS * STEP + tl.arange(0, STEP)
@@ -324,15 +335,18 @@ def weigh_kernel(
 def merge_kernel(
     outputs, maxima, sums, sinks, merged, lse,
     indices, tiles, counts, num_splits,
-    BLOCK: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, LISTED_SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Output channels and LSE of one row and query head, from its splits in their order."""
     head, place = tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(1)
     tile = tl.load(indices + place)
     _, _, first, last = _visible(tile, tiles, BLOCK, WINDOW, CHUNK)
-    number = _num_entries(tile * (num_heads // GROUP) + head // GROUP, first, last, counts)
+    list_row = tile * (num_heads // GROUP) + head // GROUP
+    number = _num_entries(list_row, first, last, counts)
+    size = _split_size(list_row, counts, SPLIT, LISTED_SPLIT)
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     first_split = (place.to(tl.int64) * num_heads + head) * num_splits
     maximum = tl.full([1], float("-inf"), tl.float32)
@@ -341,9 +355,9 @@ def merge_kernel(
         maximum = tl.load(sinks + head + tl.arange(0, 1)).to(tl.float32) * _LOG2_E
         total += 1.0
     output = tl.zeros([CHANNELS], tl.float32)
-    for start in range(0, (number + SPLIT - 1) // SPLIT, WIDTH):
+    for start in range(0, (number + size - 1) // size, WIDTH):
         split = start + tl.arange(0, WIDTH)
-        is_split = split * SPLIT < number
+        is_split = split * size < number
         at = first_split + split
         tops = tl.load(maxima + at, mask=is_split, other=float("-inf"))
         higher = tl.maximum(maximum, tl.max(tops, 0))

@@ -6,16 +6,20 @@ sums are the same in any order and beside any number of zeros, so a row of a chu
 decided as the row alone, to the last bit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from sparse_methods.kernels.selection import OwnedLists
+
 MASS_BITS = tl.constexpr(42)  # of a packed weight; how many entries it stands for lies above
 _MASS_MASK = tl.constexpr((1 << 42) - 1)
 ONE = tl.constexpr(1 << 40)  # a mass of 1 in fixed point
 _LEAST = tl.constexpr(-(2**31))
+_MERGED_ENTRIES = 128  # of a list that are copied at once
 _VARYING = ["num_columns"]  # no reason to compile anew
 
 
@@ -82,6 +86,25 @@ def list_kept(
             **row_of(num_columns),
         )
     return indices, counts
+
+
+def merge_into(indices: torch.Tensor, counts: torch.Tensor, parts: Sequence[OwnedLists]) -> None:
+    """``selection.merge``, one launch per part; ``counts`` come as -1."""
+    num_rows, num_heads, capacity = indices.shape
+    for part in parts:
+        _merge_kernel[(num_heads, num_rows)](
+            part.indices,
+            part.counts,
+            part.members.view(torch.uint8),
+            indices,
+            counts,
+            capacity,
+            *part.indices.stride()[:2],
+            *part.counts.stride(),
+            num_columns=part.indices.shape[2],
+            BLOCK=_MERGED_ENTRIES,
+            num_warps=1,
+        )
 
 
 def row_of(num_columns: int) -> dict[str, Any]:
@@ -203,3 +226,30 @@ def _list_kernel(
     at = row * num_heads + head
     tl.store(indices + at * num_columns + place, columns, mask=is_column)
     tl.store(counts + at, count)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *_VARYING,
+        "capacity",
+        "row_stride",
+        "head_stride",
+        "count_row",
+        "count_head",
+    ]
+)
+def _merge_kernel(
+    listed, listed_counts, members, indices, counts, capacity, row_stride, head_stride, count_row,
+    count_head, num_columns, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head, row, num_heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    if tl.load(members + row) == 0:
+        return
+    count = tl.load(listed_counts + row * count_row + head * count_head)
+    source = listed + row * row_stride + head * head_stride
+    for start in range(0, tl.minimum(count, num_columns), BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < num_columns
+        entries = tl.load(source + columns, mask=mask)
+        tl.store(indices + (row * num_heads + head) * capacity + columns, entries, mask=mask)
+    tl.store(counts + row * num_heads + head, count)

@@ -133,6 +133,10 @@ class FlashSkipSoftmax(BlockMethod):
         return math.exp(clamp(fits.model.log_threshold(target, kv_len)))
 
     @override
+    def adapts_thresholds(self, phase: Phase) -> bool:
+        return bool(self._target(phase)) and self._fits(phase) is not None
+
+    @override
     def adapt_thresholds(self, view: ThresholdView) -> torch.Tensor | None:
         target, fits = self._target(view.phase), self._fits(view.phase)
         if not target or fits is None:

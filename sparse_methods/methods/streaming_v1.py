@@ -41,6 +41,8 @@ class Streaming(BlockMethod):
             description="Most recent blocks that are read, the query's own included, blocks.",
         )
 
+    selects_per_layer: ClassVar[bool] = False
+
     knobs: Knobs
 
     @property

@@ -131,6 +131,24 @@ def test_some_tiles_of_a_batch_leave_the_others_alone():
     assert listed(lists) == [both([4]), both(None), both([4])]
 
 
+def test_a_method_that_decides_alike_in_every_layer_is_asked_once_per_step():
+    class Once(Fixed):
+        selects_per_layer = False
+
+    once, always = Once([0, 1]), Fixed([2])
+    groups, decided = [rows_of(once, [0, 1]), rows_of(always, [2, 3])], {}
+    query = torch.zeros(4, HEADS, 8)
+    first = select(layer(), query, groups, 4, decided)
+    once.seen = always.seen = None
+    second = select(layer(), query, groups, 4, decided)
+    assert once.seen is None
+    assert always.seen is not None
+    assert torch.equal(first.indices, second.indices)
+    assert torch.equal(first.counts, second.counts)
+    select(layer(), query, groups, 4, {})
+    assert once.seen is not None
+
+
 def test_nobody_answering_reads_everything():
     group = prompt(Fixed([], answers=False))
     assert select(layer(), torch.zeros(LENGTH, HEADS, 8), [group], 5) is None

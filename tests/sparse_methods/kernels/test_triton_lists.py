@@ -124,6 +124,30 @@ def test_a_leading_column_comes_first(width):
     assert torch.equal(indices[:, :, 0], leading[:, None].expand(-1, 2).int())
 
 
+@pytest.mark.parametrize("widths", [(5, 5), (3, 200), (1, 129, 7)])
+def test_each_row_gets_the_list_of_its_owner(widths):
+    owners = torch.arange(9, device=DEVICE) % (len(widths) + 1) - 1  # every few rows nobody's
+    parts = []
+    for number, width in enumerate(widths):
+        # Heads before rows in memory, as some methods have them.
+        indices = torch.randint(1000, (2, 9, width), dtype=torch.int32).to(DEVICE).transpose(0, 1)
+        counts = torch.randint(-1, width + 1, (2, 9), dtype=torch.int32).to(DEVICE).T
+        parts.append(selection.OwnedLists(indices, counts, owners == number))
+    indices, counts = selection.merge(parts)
+    assert (counts[owners < 0] == -1).all()
+    assert indices.shape == (9, 2, max(widths))
+    given_indices, given_counts = torch.empty_like(indices), torch.full_like(counts, -1)
+    triton_lists.merge_into(given_indices, given_counts, parts)
+    assert torch.equal(given_counts, counts)
+    is_used = torch.arange(max(widths), device=DEVICE) < counts[..., None]
+    assert torch.equal(given_indices[is_used], indices[is_used])
+    for number, part in enumerate(parts):
+        used = part.counts.clamp(min=0)[..., None] > torch.arange(widths[number], device=DEVICE)
+        rows = owners == number
+        own = indices[..., : widths[number]][rows][used[rows]]
+        assert torch.equal(own, part.indices[rows][used[rows]])
+
+
 def test_no_rows_make_no_lists():
     nothing = torch.zeros(0, 2, 5, dtype=torch.bool, device=DEVICE)
     indices, counts = triton_lists.list_kept(nothing)
