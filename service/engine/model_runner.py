@@ -1,11 +1,12 @@
 """One model on one device: runs a step, keeps the statistics of whoever runs."""
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from service.engine.batch import build_batch
+from service.engine.batch import Batch, build_batch
 from service.engine.counter_snapshot import CounterSnapshot
 from service.engine.decode_step import DecodeShape, DecodeStep, host_tiles, is_decode_step
 from service.engine.graphs import DecodeGraphs
@@ -88,9 +89,7 @@ class ModelRunner:
         if self._graphs is not None and is_decode_step(chunks):
             return self._graphs.run(chunks), [chunk.sequence for chunk in chunks]
         batch = build_batch(chunks, self.block_size, self.device)
-        # A step that completes nobody still needs one row: an empty index keeps no logits.
-        logits = self._forward(batch.token_ids, batch.positions, batch.attention, batch.last_rows)
-        return logits, batch.completed
+        return self._forward_for(batch, batch.last_rows), batch.completed
 
     @torch.inference_mode()
     def keep_tokens(self, sequences: Items[Sequence], token_ids: torch.Tensor) -> None:
@@ -125,6 +124,13 @@ class ModelRunner:
         rows = torch.arange(len(batch.token_ids), device=self.device)
         return self._forward(batch.token_ids, batch.positions, batch.attention, rows)
 
+    @torch.inference_mode()
+    def run_last_logits(self, chunks: Items[Chunk]) -> torch.Tensor:
+        """Compute the chunks as ``run`` does; return [chunks, V] logits of their last rows."""
+        batch = build_batch(chunks, self.block_size, self.device)
+        num_tokens = torch.tensor([chunk.num_tokens for chunk in chunks])
+        return self._forward_for(batch, to_device(num_tokens.cumsum(0) - 1, self.device))
+
     def keep_statistics(self) -> None:
         """From now on, keep the statistics as they are before each run, too."""
         counters = (self.attention.block_counters, self.attention.element_counters)
@@ -149,6 +155,11 @@ class ModelRunner:
             elements = self.attention.element_counters[:, rows]
         heads = [geometry.num_heads for geometry in self.geometries]
         return read_statistics(blocks, elements * self.dtype.itemsize, heads)
+
+    def _forward_for(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+        """[S, V] logits of the packed rows [S], maybe none; nothing else of the step is read."""
+        attention = replace(batch.attention, kept_rows=rows)
+        return self._forward(batch.token_ids, batch.positions, attention, rows)
 
     def _forward(
         self,

@@ -35,8 +35,10 @@ def packed_logits(
             if not allocator.try_reserve(chunk.sequence, chunk.num_tokens):
                 raise MemoryError("the KV cache is too small for a trial run")
         rows = runner.run_all_logits(chunks).split([chunk.num_tokens for chunk in chunks])
-        for chunk, part in zip(chunks, rows, strict=True):
-            logits[sequences.index(chunk.sequence)].append(part)
+        # Serving needs the last rows alone and computes no more than it must: so they stand here.
+        last_rows = runner.run_last_logits(chunks)
+        for chunk, part, last_row in zip(chunks, rows, last_rows, strict=True):
+            logits[sequences.index(chunk.sequence)] += [part[:-1], last_row[None]]
             chunk.sequence.num_computed_tokens = chunk.stop
 
 

@@ -56,6 +56,8 @@ class AttentionBatch:
         diagonal_first: [N] bool, see ``AttentionInputs``.
         segments: The rows by page, if any method of the batch uses page summaries.
         scores_pages: Whether any method of the batch scores pages.
+        kept_rows: [S] int64, packed rows whose hidden states anybody reads after the last layer's
+            attention; None is all of them.
         counter_rows: [N] int64, row of the statistics each tile adds to: slot * 2 + phase.
     """
 
@@ -69,6 +71,7 @@ class AttentionBatch:
     diagonal_first: torch.Tensor | None = None
     segments: PageSegments | None = None
     scores_pages: bool = False
+    kept_rows: torch.Tensor | None = None
 
 
 class PagedAttention:
@@ -202,6 +205,14 @@ class PagedAttention:
             self._tile_blocks += outputs.blocks.sum(1)
         return outputs.output
 
+    def kept_rows(self, layer: int) -> torch.Tensor | None:
+        """[S] packed rows that go on after the attention of a layer; None is all of them.
+
+        Of the others the last layer leaves keys and values, which is all that later rows read.
+        """
+        is_last = layer == len(self._geometries) - 1
+        return self._batch.kept_rows if is_last and self._batch is not None else None
+
     def _add_counted(self, rows: torch.Tensor) -> None:
         """Add what the layers of a step read to the statistics, all layers at once."""
         if not self._counted:
@@ -256,6 +267,9 @@ class LayerAttention(Protocol):
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """See ``PagedAttention.forward``."""
+
+    def kept_rows(self, layer: int) -> torch.Tensor | None:
+        """See ``PagedAttention.kept_rows``."""
 
 
 @dataclass(frozen=True)

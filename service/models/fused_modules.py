@@ -148,6 +148,8 @@ class FusedAttention:
 class FusedDecoderLayer:
     """Attention and MLP, each added to the residual in the pass that norms the sum.
 
+    Rows that nobody reads after the last layer's attention skip its MLP; they come back unfinished.
+
     Args:
         attention: Module whose call returns a tuple that begins with [1, T, H].
         mlp: Module whose call returns [1, T, H], or a tuple that begins with it.
@@ -173,12 +175,28 @@ class FusedDecoderLayer:
     def __call__(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """[1, T, H] to [1, T, H]."""
         attended = self._attention(hidden_states=self._first(hidden_states), **kwargs)[0]
-        hidden_states, normed = self._second.add(hidden_states, attended)
-        output = self._mlp(normed)
-        rows: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        kept = self._kept_rows()
+        if kept is not None and len(kept) < hidden_states.shape[1]:
+            if len(kept):
+                last = self._after_attention(hidden_states[:, kept], attended[:, kept])
+                hidden_states.index_copy_(1, kept, torch.add(*last))
+            return hidden_states
+        hidden_states, rows = self._after_attention(hidden_states, attended)
         if self._following is None:
             return hidden_states + rows
         return self._following.prepare(hidden_states, rows)
+
+    def _after_attention(
+        self, hidden_states: torch.Tensor, attended: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual and what is to be added to it, [1, T, H]."""
+        hidden_states, normed = self._second.add(hidden_states, attended)
+        output = self._mlp(normed)
+        return hidden_states, output[0] if isinstance(output, tuple) else output
+
+    def _kept_rows(self) -> torch.Tensor | None:
+        bound: BoundLayer | None = getattr(self._attention, "sparseserve_layer", None)
+        return None if bound is None else bound.attention.kept_rows(bound.index)
 
 
 def _bias(linear: nn.Linear) -> torch.Tensor | None:

@@ -67,6 +67,9 @@ class StandInAttention:
         geometry = self._geometries[layer]
         return random_like(query.new_empty(len(query), geometry.num_heads, geometry.value_dim))
 
+    def kept_rows(self, layer: int) -> None:
+        """All rows go on."""
+
 
 @contextmanager
 def standing_in(layers: Sequence[DiscoveredLayer]) -> Iterator[StandInAttention]:

@@ -223,3 +223,21 @@ def test_fused_attention_refuses_a_cache_of_the_models_own():
     operated = Operated(tiny.build("llama"))
     with pytest.raises(RuntimeError, match="paged cache only"):
         operated.model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_rows_that_nobody_reads_skip_the_last_mlp(name):
+    operated = Operated(tiny.build(name))
+    last_mlp = operated.layers[-1].module
+    parents = [m for m in operated.model.modules() if last_mlp in m.children()]
+    seen = []
+    forward = parents[0].mlp.forward
+
+    def observed(rows):
+        seen.append(rows.shape[1])
+        return forward(rows)
+
+    parents[0].mlp.forward = observed
+    assert operated.error() < TOLERANCE
+    all_rows, last_rows = seen[:2]  # the trial computes each step both ways
+    assert all_rows > last_rows == len(PROMPTS)
