@@ -78,39 +78,29 @@ class PredictiveSkip(BlockMethod):
 
     @override
     def select_prefill(self, view: PrefillView) -> BlockSelection:
-        groups = _group_means(view, self.knobs.probe_keys)
-        rows = self._probed_rows(view.num_tiles, view.block_size, (0, view.num_rows), view.query)
-        probes = view.query[rows].unflatten(2, (view.num_kv_heads, -1)).permute(2, 3, 0, 1, 4)
-        exact = _score_in_full(view, probes, rows)
-        # As the kernel with a threshold visits them: the tile's own, the first, the rest in order.
-        is_kept = self._kept_in_triton(view, probes, groups, exact)
+        is_kept = self._kept_in_triton(view)
         if is_kept is None:
-            is_kept = self._kept(view, probes, groups, exact)
+            is_kept = self._kept(view)
+        # As the kernel with a threshold visits them: the tile's own, the first, the rest in order.
         return BlockSelection.in_order(is_kept, view.tile_blocks)
 
-    def _kept_in_triton(
-        self, view: PrefillView, probes: torch.Tensor, groups: torch.Tensor, exact: torch.Tensor
-    ) -> torch.Tensor | None:
+    def _kept_in_triton(self, view: PrefillView) -> torch.Tensor | None:
         """``_kept`` where kernels can say; else None."""
         if not selection.has_kernels(view.query):
             return None
         from sparse_methods.kernels import triton_probes
 
-        if not triton_probes.can_probe(groups, self.knobs.probe_keys):
+        probe = triton_probes.Probe(self.knobs.probe_rows, self.knobs.probe_keys, self._reach)
+        if not triton_probes.can_probe(view, probe):
             return None
-        return triton_probes.near_largest(view, probes, groups, exact, self._reach)
+        return triton_probes.near_largest(view, probe)
 
-    def _kept(
-        self, view: PrefillView, probes: torch.Tensor, groups: torch.Tensor, exact: torch.Tensor
-    ) -> torch.Tensor:
-        """[Hkv, N, M] bool, blocks that any head of the group keeps.
-
-        Args:
-            view: What is selected.
-            probes: [Hkv, G, N, r, D] the probed rows.
-            groups: [Hkv, M * probe_keys, D] means of groups of keys.
-            exact: [Hkv, G, N, r] float32, as in ``_keep``.
-        """
+    def _kept(self, view: PrefillView) -> torch.Tensor:
+        """[Hkv, N, M] bool, blocks that any head of the group keeps."""
+        groups = _group_means(view, self.knobs.probe_keys)
+        rows = self._probed_rows(view.num_tiles, view.block_size, (0, view.num_rows), view.query)
+        probes = view.query[rows].unflatten(2, (view.num_kv_heads, -1)).permute(2, 3, 0, 1, 4)
+        exact = _score_in_full(view, probes, rows)
         per_tile = probes.shape[0] * probes.shape[1] * probes.shape[3] * groups.shape[1]
         step = max(1, _MAX_ESTIMATES // per_tile)
         kept = []

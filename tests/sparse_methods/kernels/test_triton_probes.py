@@ -1,12 +1,10 @@
 """The kernels of probed rows against the eager rule of ``predictive_skip``."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from sparse_methods.kernels import selection, triton_probes
-from sparse_methods.methods.predictive_skip_v1 import PredictiveSkip, _group_means, _score_in_full
+from sparse_methods.methods.predictive_skip_v1 import PredictiveSkip
 from tests.sparse_methods import paged
 from tests.sparse_methods.kernels.cases import DEVICE
 
@@ -27,42 +25,39 @@ def _eager(monkeypatch):
     monkeypatch.setattr(selection, "has_kernels", lambda tensor: False)
 
 
-def arguments(case, method) -> tuple[Any, Any, Any, Any]:
-    """The view, its probes, the means of groups and exact scores."""
+def view_of(case):
     num_tokens, heads, kv_heads, head_dim, block_size, start, dtype = CASES[case]
     generator = torch.Generator().manual_seed(0)
     draw = lambda count: torch.randn(num_tokens, count, head_dim, generator=generator)  # noqa: E731
     query, keys = 3 * draw(heads).to(dtype), draw(kv_heads).to(dtype)
     view = paged.prefill_view(query, keys, start=start, block_size=block_size)
-    view = paged.on(view, DEVICE)
-    bounds = (0, view.num_rows)
-    rows = method._probed_rows(view.num_tiles, block_size, bounds, view.query)
-    probes = view.query[rows].unflatten(2, (kv_heads, -1)).permute(2, 3, 0, 1, 4)
-    groups = _group_means(view, method.knobs.probe_keys)
-    return view, probes, groups, _score_in_full(view, probes, rows)
+    return paged.on(view, DEVICE)
+
+
+def probe_of(method):
+    return triton_probes.Probe(method.knobs.probe_rows, method.knobs.probe_keys, method._reach)
 
 
 @pytest.mark.parametrize("knobs", [{"probe_rows": 3, "probe_keys": 4}, {"probe_keys": 1}])
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_are_those_of_the_rule(case, knobs):
-    method = PredictiveSkip({"threshold": 0.5, "margin": 0.2, **knobs})
-    given = arguments(case, method)
-    assert triton_probes.can_probe(given[2], method.knobs.probe_keys)
-    expected = method._kept(*given)
-    assert torch.equal(triton_probes.near_largest(*given, reach=method._reach), expected)
+    method, view = PredictiveSkip({"threshold": 0.5, "margin": 0.2, **knobs}), view_of(case)
+    assert triton_probes.can_probe(view, probe_of(method))
+    expected = method._kept(view)
+    assert torch.equal(triton_probes.near_largest(view, probe_of(method)), expected)
     if case == "mha" and knobs["probe_keys"] == 4:
-        assert (expected.sum() < expected.shape[0] * given[0].visible.sum()).item()
+        assert (expected.sum() < expected.shape[0] * view.visible.sum()).item()
 
 
 def test_a_slab_of_tiles_at_a_time_gives_the_same(monkeypatch):
-    method = PredictiveSkip({"threshold": 0.5, "margin": 0.2})
-    given = arguments("mha", method)
-    whole = triton_probes.near_largest(*given, reach=method._reach)
+    method, view = PredictiveSkip({"threshold": 0.5, "margin": 0.2}), view_of("mha")
+    whole = triton_probes.near_largest(view, probe_of(method))
     monkeypatch.setattr(triton_probes, "_MAX_HELD", 3 * 2 * 8 * 16)
-    assert torch.equal(triton_probes.near_largest(*given, reach=method._reach), whole)
+    assert torch.equal(triton_probes.near_largest(view, probe_of(method)), whole)
 
 
-def test_what_kernels_cannot_probe_is_known():
-    groups = torch.empty(1, 12, 64, device=DEVICE)
-    assert not triton_probes.can_probe(groups, 12)
-    assert not triton_probes.can_probe(torch.empty(1, 8, 256, device=DEVICE), 8)
+@pytest.mark.parametrize("knobs", [{"probe_keys": 12}, {"probe_rows": 64}])
+def test_what_kernels_cannot_probe_is_known(knobs):
+    view = view_of("groups of 3")  # of which 64 rows are too many for a program
+    assert triton_probes.can_probe(view, probe_of(PredictiveSkip({})))
+    assert not triton_probes.can_probe(view, probe_of(PredictiveSkip(knobs)))
