@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from service.engine.core import EngineCore
 from service.engine.engine import Engine
 from service.engine.events import EngineEvents
 from service.engine.model_runner import ModelRunner
-from service.engine.sequence import FinishReason, Sequence, Update
+from service.engine.sequence import FinishReason, Update
+from service.engine.sequence import Sequence as Generated
 from service.main import create_app
 from service.models.loading import load_model
 from service.server import Server
@@ -88,11 +90,11 @@ class _ScriptedCore(EngineCore):
     _next_at = 0.0
 
     @override
-    def step(self) -> dict[Sequence, Update]:
+    def step(self) -> dict[Generated, Update]:
         now = time.monotonic()
         time.sleep(max(0.0, self._next_at - now))
         self._next_at = max(now, self._next_at) + self.interval_s
-        updates: dict[Sequence, Update] = {}
+        updates: dict[Generated, Update] = {}
         for sequence in list(self._live):
             sequence.output_ids.append(_TOKEN)
             is_last = len(sequence.output_ids) >= sequence.sampling.max_tokens
@@ -124,15 +126,17 @@ def _round(pid: int, port: int, streams: int, tokens: int) -> dict[str, float]:
     }
 
 
-async def read_streams(port: int, streams: int, tokens: int) -> int:
-    """Events of all streams, read to their ends."""
-    return sum(await asyncio.gather(*(read_stream(port, tokens) for _ in range(streams))))
+async def read_streams(
+    port: int, streams: int, tokens: int, prompt: Sequence[int] = (_TOKEN,)
+) -> int:
+    """Events of all streams of so many greedy tokens, read to their ends."""
+    body: dict[str, Any] = {"prompt_token_ids": prompt, "max_tokens": tokens, "stream": True}
+    content = orjson.dumps(body | {"ignore_eos": True, "temperature": 0, "method": "dense"})
+    return sum(await asyncio.gather(*(_read_stream(port, content) for _ in range(streams))))
 
 
-async def read_stream(port: int, tokens: int) -> int:
+async def _read_stream(port: int, content: bytes) -> int:
     """Events of one stream, ``[DONE]`` not counted."""
-    body: dict[str, Any] = {"prompt": "Once", "max_tokens": tokens, "stream": True}
-    content = orjson.dumps(body | {"ignore_eos": True})
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n"
     writer.write(f"{head}content-type: application/json\r\n\r\n".encode() + content)
