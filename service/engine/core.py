@@ -113,6 +113,15 @@ class EngineCore:
             self._finish(sequence, FinishReason.ABORT, None)
             self._events.aborted(reason)
 
+    def cancel(self, sequence: Sequence) -> dict[Sequence, Update]:
+        """End a sequence early because its reader wants no more than it has."""
+        if sequence not in self._live:
+            return {}
+        text = self._live[sequence].text.abort()
+        finish = self._finish(sequence, FinishReason.ABORT, None)
+        self._events.aborted("cancelled")
+        return {sequence: Update(text=text, finish=finish)}
+
     def step(self) -> dict[Sequence, Update]:
         """Run one step and return what was added to whom: by it, or running ahead, by the last."""
         self._updates, self._at_fault = {}, []

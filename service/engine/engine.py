@@ -10,7 +10,12 @@ import torch
 
 from service.engine.core import EngineCore
 from service.engine.events import EngineEvents
-from service.engine.generation import Generation, GenerationRequest, build_sequence
+from service.engine.generation import (
+    Generation,
+    GenerationRequest,
+    build_sequence,
+    check_logit_bias,
+)
 from service.engine.kv_cache import PageAllocator
 from service.engine.loop import Address, EngineLoop, Outbox
 from service.engine.model_runner import ModelRunner
@@ -144,10 +149,11 @@ class Engine:
             UnavailableError: The engine is draining or dead.
             QueueFullError: Too many generations wait.
             PromptTooLongError: The prompt leaves no room for an answer.
-            BadRequestError: The prompt is empty or has unknown tokens.
+            BadRequestError: The prompt is empty, or it or a bias has unknown tokens.
         """
         request = dataclasses.replace(request, method=self.calibrated(request.method))
         request.method.check_servable(self.settings.block_size)
+        check_logit_bias(request.sampling, self.tokenizer.vocab_size)
         self._check_admission(request.n)  # before the work of encoding, and again after it
         prompt_ids = await self._encode(request)
         self._check_prompt(prompt_ids)
@@ -241,7 +247,9 @@ class Engine:
                 f" into the context of {self.max_context_tokens} tokens.",
                 "prompt",
             )
-        return await asyncio.to_thread(self.tokenizer.encode, prompt)
+        return await asyncio.to_thread(
+            self.tokenizer.encode, prompt, adds_special_tokens=request.adds_special_tokens
+        )
 
     def _check_prompt(self, prompt_ids: list[int]) -> None:
         if not prompt_ids:

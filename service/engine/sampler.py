@@ -56,8 +56,8 @@ class _History:
 class Sampler:
     """Samples one token per row of logits.
 
-    Order: penalties, minimum length, temperature, top-k, top-p, min-p, draw; log-probabilities are
-    those of the untouched logits. Among equals the lowest id comes first.
+    Order: biases, penalties, minimum length, temperature, top-k, top-p, min-p, draw;
+    log-probabilities are those of the untouched logits. Among equals the lowest id comes first.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class Sampler:
             for row, seq in enumerate(sequences)
             if _has_penalty(seq.sampling)
         }
-        adjusted = self._mask_stops(self._penalise(raw, histories, sequences), sequences)
+        adjusted = self._penalise(self._bias(raw, sequences), histories, sequences)
+        adjusted = self._mask_stops(adjusted, sequences)
         best, token_ids = adjusted.max(dim=-1)  # first of equals; NaN if any is
         random_rows = [i for i, seq in enumerate(sequences) if seq.sampling.temperature > 0]
         if random_rows:
@@ -96,6 +97,19 @@ class Sampler:
         for row, history in histories.items():
             history.choose(token_ids[row : row + 1])
         return Sampled(token_ids, report)
+
+    def _bias(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+        biases = {
+            (row, token_id): bias
+            for row, seq in enumerate(sequences)
+            for token_id, bias in seq.sampling.logit_bias
+        }
+        if not biases:
+            return logits
+        logits = logits.float()
+        places = self._tensor(list(biases)).unbind(1)
+        values = to_device(list(biases.values()), self._device, torch.float32)
+        return logits.index_put(places, logits[places] + values)
 
     def _penalise(
         self, logits: torch.Tensor, histories: dict[int, _History], sequences: list[Sequence]

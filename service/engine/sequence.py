@@ -29,6 +29,7 @@ class SamplingParams:
         top_k: 0 keeps all.
         logprobs: Number of most likely tokens reported per position; None reports nothing.
         seed: None draws one.
+        logit_bias: Pairs of token id and what is added to its logit.
     """
 
     max_tokens: int = 128
@@ -45,6 +46,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,18 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 from fastapi import FastAPI
 
+import service
 from service.engine.engine import EngineStatus
 from service.engine.events import EngineEvents, NoEvents
 from service.engine.generation import GenerationRequest
 from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
+from service.engine.tokenizer import Tokenizer
 from service.errors import PromptTooLongError, ServiceError, UnavailableError
 from service.main import create_app
 from service.server import Server
@@ -53,7 +56,10 @@ class FakeGeneration:
     def __init__(self, engine: "FakeEngine", request: GenerationRequest) -> None:
         self._engine, self._request = engine, request
         self.prompt_ids = request.prompt_ids or list((request.prompt or "").encode())
-        self._is_done = False
+        self._is_done = self._is_cancelled = False
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
 
     async def __aenter__(self) -> "FakeGeneration":
         self._engine.num_running += 1
@@ -69,11 +75,16 @@ class FakeGeneration:
         for step, word in enumerate(self._engine.words):
             for index in range(self._request.n):
                 await asyncio.sleep(self._engine.step_s)
+                if self._is_cancelled:
+                    yield index, Update(finish=finish(FinishReason.ABORT, step))
+                    continue
                 if self._engine.is_stopped:
                     raise UnavailableError("stopped")
                 if step == self._engine.fail_at:
                     raise self._engine.failure
                 yield index, self._update(step, word)
+            if self._is_cancelled:
+                break
         self._is_done = True
 
     def _update(self, step: int, word: str) -> Update:
@@ -89,6 +100,7 @@ class FakeEngine:
 
     model_name, device, dtype, attention = "fake", "cpu", "float32", "reference"
     max_context_tokens = 1000
+    tokenizer = Tokenizer.load(Path(service.__file__).parent / "default_model")
     default_method = ("streaming", "v1")
 
     def __init__(self, settings: Settings | None = None, events: EngineEvents | None = None):
