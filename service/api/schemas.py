@@ -13,8 +13,9 @@ _MAX_TOKEN_ID = 2**31 - 1
 
 SparsityDetail = Literal["none", "summary", "layer", "head"]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
-_Stop = str | list[str] | None  # what a client may send
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+# What a client may send.
+_Stop = StopString | Annotated[list[StopString], Field(max_length=16)] | None
 
 
 def _as_list(value: object) -> object:
