@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from service.engine.events import EngineEvents
 from service.engine.model_runner import ModelRunner
-from service.engine.sampled import Sampled
+from service.engine.sampled import Sampled, no_token_error
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Chunk, OutOfPagesError, Scheduler
 from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
 from service.engine.stopping import OutputBuilder
-from service.errors import GenerationError, ServiceError
+from service.errors import ServiceError
 from sparse_methods.statistics import RequestStatistics
 
 
@@ -43,6 +43,11 @@ class _Launched:
     sampled: Sampled
     num_runs: int
     launched_at: float
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether what may come next depends on tokens that only the device knows yet."""
+        return any(sequence.matcher is not None for sequence in self.completed)
 
 
 class EngineCore:
@@ -126,6 +131,9 @@ class EngineCore:
         """Run one step and return what was added to whom: by it, or running ahead, by the last."""
         self._updates, self._at_fault = {}, []
         previous, self._launched = self._launched, None
+        if previous is not None and previous.is_awaited:
+            self._collect(previous)
+            previous = None
         try:
             self._launched = self._launch(may_preempt=previous is None)
         finally:  # what the previous step produced is delivered even if the next one fails
@@ -194,10 +202,7 @@ class EngineCore:
                     continue
                 if index in result.failed:
                     self._events.engine_error()
-                    failure = GenerationError(
-                        "The model's output for this request is not a number."
-                    )
-                    self._updates[sequence] = self._fail(sequence, failure)
+                    self._updates[sequence] = self._fail(sequence, no_token_error(sequence))
                 else:
                     token_id, logprob = result.token_ids[index], result.logprobs[index]
                     self._updates[sequence] = self._append(sequence, token_id, logprob)

@@ -16,6 +16,7 @@ from service.engine.generation import (
     build_sequence,
     check_logit_bias,
 )
+from service.engine.grammar import GrammarCompiler
 from service.engine.kv_cache import PageAllocator
 from service.engine.loop import Address, EngineLoop, Outbox
 from service.engine.model_runner import ModelRunner
@@ -70,6 +71,7 @@ class Engine:
         self.settings = settings
         self.events = events
         self.tokenizer = Tokenizer.load(loaded.directory, loaded.eos_token_ids)
+        self._grammars = GrammarCompiler(self.tokenizer)
         self.model_name = loaded.name
         self.default_method = (settings.method, latest_version(settings.method))
         get_sparse_method(settings.method)().check_servable(settings.block_size)
@@ -149,7 +151,8 @@ class Engine:
             UnavailableError: The engine is draining or dead.
             QueueFullError: Too many generations wait.
             PromptTooLongError: The prompt leaves no room for an answer.
-            BadRequestError: The prompt is empty, or it or a bias has unknown tokens.
+            BadRequestError: The prompt is empty, it or a bias has unknown tokens, or no text could
+                satisfy the grammar.
         """
         request = dataclasses.replace(request, method=self.calibrated(request.method))
         request.method.check_servable(self.settings.block_size)
@@ -157,10 +160,12 @@ class Engine:
         self._check_admission(request.n)  # before the work of encoding, and again after it
         prompt_ids = await self._encode(request)
         self._check_prompt(prompt_ids)
+        matcher = await self._grammars.matcher(request.sampling.grammar)
         self._check_admission(request.n)
         outbox, event_loop = Outbox(), asyncio.get_running_loop()
         sequences = [self._sequence(request, prompt_ids, index) for index in range(request.n)]
         for index, sequence in enumerate(sequences):
+            sequence.matcher = None if matcher is None else matcher.fork()
             self._loop.add(sequence, Address(event_loop, outbox, index))
         return Generation(self._loop, sequences, outbox)
 

@@ -56,7 +56,7 @@ class _History:
 class Sampler:
     """Samples one token per row of logits.
 
-    Order: biases, penalties, minimum length, temperature, top-k, top-p, min-p, draw;
+    Order: biases, penalties, minimum length, grammar, temperature, top-k, top-p, min-p, draw;
     log-probabilities are those of the untouched logits. Among equals the lowest id comes first.
     """
 
@@ -84,7 +84,7 @@ class Sampler:
             if _has_penalty(seq.sampling)
         }
         adjusted = self._penalise(self._bias(raw, sequences), histories, sequences)
-        adjusted = self._mask_stops(adjusted, sequences)
+        adjusted = self._mask_by_grammar(self._mask_stops(adjusted, sequences), sequences)
         best, token_ids = adjusted.max(dim=-1)  # first of equals; NaN if any is
         random_rows = [i for i, seq in enumerate(sequences) if seq.sampling.temperature > 0]
         if random_rows:
@@ -153,6 +153,19 @@ class Sampler:
             return logits
         rows, columns = self._tensor(masked).unbind(1)
         return logits.index_put((rows, columns), logits.new_full((), -math.inf))
+
+    def _mask_by_grammar(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+        """Make impossible what a sequence's grammar does not allow behind its last token."""
+        masks = {
+            row: seq.matcher.allowed(seq.output_ids)[: logits.shape[1]]
+            for row, seq in enumerate(sequences)
+            if seq.matcher is not None
+        }
+        if not masks:
+            return logits
+        rows = self._tensor(list(masks))
+        allowed = to_device(torch.stack(list(masks.values())), self._device)
+        return logits.index_put((rows,), logits[rows].masked_fill(~allowed, -math.inf))
 
     def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
         eos_token_ids: frozenset[int] = frozenset() if sampling.ignore_eos else self._eos_token_ids

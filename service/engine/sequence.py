@@ -6,6 +6,7 @@ from enum import StrEnum
 
 import torch
 
+from service.engine.grammar import Grammar, Matcher
 from service.errors import ServiceError
 from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.statistics import RequestStatistics
@@ -30,6 +31,7 @@ class SamplingParams:
         logprobs: Number of most likely tokens reported per position; None reports nothing.
         seed: None draws one.
         logit_bias: Pairs of token id and what is added to its logit.
+        grammar: What the text must be like; None leaves it free.
     """
 
     max_tokens: int = 128
@@ -47,6 +49,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Sequence:
             knows them yet.
         pages: Physical pages of the KV cache it owns, in logical order.
         slot: Row of the statistics buffer it owns while it runs; None while it waits.
+        matcher: Follows it through its grammar; None if its text is free.
     """
 
     request_id: str
@@ -147,6 +151,7 @@ class Sequence:
     num_pending_tokens: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
+    matcher: Matcher | None = None
     num_preemptions: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
     first_scheduled_at: float | None = None

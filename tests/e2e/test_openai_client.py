@@ -1,6 +1,7 @@
 """OpenAI's own client, unchanged, against a real server process."""
 
 import asyncio
+import json
 from typing import Any
 
 import openai
@@ -221,6 +222,45 @@ def test_a_bad_request_is_the_client_s_bad_request_error(client, model, fields):
         client.completions.create(**{"model": model, "prompt": "x", **fields})
     assert caught.value.body["code"] == 400
     assert caught.value.request_id
+
+
+def test_an_answer_is_held_to_a_json_schema(client, model):
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {
+            "who": {"type": "string", "maxLength": 12},
+            "rooms": {"type": "integer", "minimum": 1, "maximum": 30},
+            "style": {"enum": ["old", "new"]},
+        },
+        "required": ["who", "rooms", "style"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=model,
+        messages=CHAT,
+        seed=1,
+        n=3,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+    )
+    for choice in answer.choices:
+        house = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop"
+        assert set(house) == {"who", "rooms", "style"}
+        assert len(house["who"]) <= 12
+        assert 1 <= house["rooms"] <= 30
+    chosen = client.completions.create(
+        model=model,
+        prompt="Yes or no?",
+        extra_body={"structured_outputs": {"choice": ["yes", "no"]}},
+    )
+    assert chosen.choices[0].text in {"yes", "no"}
+    with pytest.raises(openai.BadRequestError, match="not usable") as caught:
+        client.completions.create(
+            model=model,
+            prompt="x",
+            extra_body={"response_format": {"type": "regex", "regex": "(["}},
+        )
+    assert caught.value.param == "response_format"
 
 
 def test_tools_are_refused_clearly(client, model):

@@ -17,7 +17,9 @@ from pydantic import (
 from typing_extensions import override
 
 from service.api.openai.harmless import HarmlessFields
+from service.api.openai.structured import ResponseFormat, StructuredOutputs, grammar_of
 from service.api.schemas import MethodFields, SamplingFields
+from service.engine.grammar import Grammar
 from service.engine.sequence import SamplingParams
 from service.errors import BadRequestError
 
@@ -93,6 +95,10 @@ class OpenAIFields(MethodFields, SamplingFields, HarmlessFields):
     logit_bias: Annotated[dict[_TokenKey, _Bias], Field(max_length=1024)] = Field(
         default_factory=dict, description="Token ids, and what is added to the logit of each."
     )
+    response_format: ResponseFormat | None = Field(None, description="What the text must be like.")
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="The same as vLLM has it; excludes response_format."
+    )
     vllm_xargs: ExtraArguments | None = Field(
         None, description="method, version, method_params and sparsity_detail, as vLLM sends them."
     )
@@ -124,6 +130,21 @@ class OpenAIFields(MethodFields, SamplingFields, HarmlessFields):
             setattr(self, name, given)
         return self
 
+    @model_validator(mode="after")
+    def _check_grammar(self) -> Self:
+        if (self.min_tokens or self.ignore_eos) and self.grammar is not None:
+            raise BadRequestError(
+                "A text with a format ends where it is complete: min_tokens and ignore_eos"
+                " exclude it.",
+                "min_tokens" if self.min_tokens else "ignore_eos",
+            )
+        return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the text must be like; None leaves it free."""
+        return grammar_of(self.response_format, self.structured_outputs)
+
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with a chunk on usage."""
@@ -138,7 +159,9 @@ class OpenAIFields(MethodFields, SamplingFields, HarmlessFields):
     @override
     def sampling(self) -> SamplingParams:
         biases = {int(token): bias for token, bias in self.logit_bias.items()}
-        return dataclasses.replace(super().sampling(), logit_bias=tuple(biases.items()))
+        return dataclasses.replace(
+            super().sampling(), logit_bias=tuple(biases.items()), grammar=self.grammar
+        )
 
 
 def _shown(value: object) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import re
 import time
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from service.engine.engine import Engine
 from service.engine.events import NoEvents
 from service.engine.generation import GenerationRequest
+from service.engine.grammar import Grammar
 from service.engine.sequence import FinishReason, SamplingParams
 from service.errors import (
     BadRequestError,
@@ -473,3 +475,20 @@ def test_a_bias_reaches_the_sampler_and_an_unknown_token_is_refused(engine):
     assert tokens[0] == [77] * 8
     with pytest.raises(BadRequestError, match="from 0 to 4095"):
         run(engine, request(prompt_of(9), logit_bias=((4096, 1.0),)))
+
+
+def test_a_text_is_held_to_its_grammar_and_its_neighbours_are_not(engine):
+    grammar = Grammar("regex", "(yes|no), [0-9]{5}", "response_format")
+    held = request(prompt_of(30), temperature=1.0, max_tokens=40, ignore_eos=False, n=3)
+    held = dataclasses.replace(held, sampling=dataclasses.replace(held.sampling, grammar=grammar))
+    free = request(prompt_of(30), max_tokens=20)
+    (_, texts, finishes), (tokens, _, _) = run(engine, held, free)
+    assert all(re.fullmatch(grammar.source, text) for text in texts.values())
+    assert {finish.reason for finish in finishes.values()} == {FinishReason.STOP}
+    assert tokens == run(engine, free)[0][0]
+
+
+def test_an_impossible_grammar_is_refused(engine):
+    grammar = Grammar("json_schema", "false", "response_format")
+    with pytest.raises(BadRequestError, match="not usable"):
+        run(engine, request(prompt_of(5), grammar=grammar))
