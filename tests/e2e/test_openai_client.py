@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -220,7 +220,7 @@ def test_stops_biases_and_lengths_are_honoured(client, model, tokenizer):
 def test_a_bad_request_is_the_client_s_bad_request_error(client, model, fields):
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**{"model": model, "prompt": "x", **fields})
-    assert caught.value.body["code"] == 400
+    assert cast(dict[str, Any], caught.value.body)["code"] == 400
     assert caught.value.request_id
 
 
