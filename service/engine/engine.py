@@ -62,6 +62,7 @@ class Engine:
     Attributes:
         attention: Name of the attention implementation in use.
         self_test: What the test at load measured.
+        notes: What an operator may want to know of the model, one sentence each.
         runner: The model; its attention may be measured before the thread starts.
         core: What the engine thread drives; tests and benchmarks may drive it themselves.
         default_method: Name and version of requests that name none.
@@ -72,7 +73,7 @@ class Engine:
         self.events = events
         self.tokenizer = Tokenizer.load(loaded.directory, loaded.eos_token_ids)
         self._grammars = GrammarCompiler(self.tokenizer)
-        self.model_name = loaded.name
+        self.model_name, self.notes = loaded.name, loaded.notes
         self.default_method = (settings.method, latest_version(settings.method))
         get_sparse_method(settings.method)().check_servable(settings.block_size)
         self._calibrations = load_calibrations(settings.calibration, loaded.directory)

@@ -25,6 +25,7 @@ from service.engine.tokenizer import Tokenizer
 from service.errors import PromptTooLongError, ServiceError, UnavailableError
 from service.main import create_app
 from service.server import Server
+from service.models.self_test import SelfTestReport
 from service.settings import Settings
 from sparse_methods import Phase, SparseAttentionMethod
 from sparse_methods.statistics import LayerStatistics, PhaseStatistics, RequestStatistics
@@ -102,6 +103,8 @@ class FakeEngine:
     max_context_tokens = 1000
     tokenizer = Tokenizer.load(Path(service.__file__).parent / "default_model")
     default_method = ("streaming", "v1")
+    notes = ("2 MLPs are fused.",)
+    self_test = SelfTestReport(error=1e-6, tolerance=1e-3, prompt_lens=(13,))
 
     def __init__(self, settings: Settings | None = None, events: EngineEvents | None = None):
         self.settings = settings or Settings()
