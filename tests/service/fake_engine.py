@@ -24,8 +24,8 @@ from service.engine.sequence import Finish, FinishReason, Sequence, Timing, Toke
 from service.engine.tokenizer import Tokenizer
 from service.errors import PromptTooLongError, ServiceError, UnavailableError
 from service.main import create_app
-from service.server import Server
 from service.models.self_test import SelfTestReport
+from service.server import Server
 from service.settings import Settings
 from sparse_methods import Phase, SparseAttentionMethod
 from sparse_methods.statistics import LayerStatistics, PhaseStatistics, RequestStatistics
