@@ -13,6 +13,7 @@ class Collected:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
 
     @property
@@ -25,6 +26,7 @@ class Collected:
         self.texts.append(update.text)
         self.token_ids += update.token_ids
         self.logprobs += update.logprobs
+        self.prompt_logprobs += update.prompt_logprobs
         self.finish = update.finish or self.finish
 
 

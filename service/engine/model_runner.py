@@ -78,7 +78,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, chunks: Items[Chunk]) -> tuple[torch.Tensor, list[Sequence]]:
-        """Compute the chunks; return [S, V] logits of the S sequences that get a next token."""
+        """Compute the chunks; return logits and the S sequences that get a next token.
+
+        The logits [S + P, V] are theirs, and then those of prompt rows that are to be reported.
+        """
         for chunk in chunks:
             if chunk.start == 0:
                 self._reset_statistics(chunk.sequence)
@@ -89,7 +92,7 @@ class ModelRunner:
             return self._graphs.run(chunks), [chunk.sequence for chunk in chunks]
         batch = build_batch(chunks, self.block_size, self.device)
         # A step that completes nobody still needs one row: an empty index keeps no logits.
-        logits = self._forward(batch.token_ids, batch.positions, batch.attention, batch.last_rows)
+        logits = self._forward(batch.token_ids, batch.positions, batch.attention, batch.logit_rows)
         return logits, batch.completed
 
     @torch.inference_mode()

@@ -10,7 +10,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from service.engine.prompt_logprobs import PromptReport, prompt_reports
 from service.engine.sampled import NO_TOKEN, LogprobReport, Sampled
+from service.engine.scheduler import Chunk
 from service.engine.sequence import SamplingParams, Sequence
 from service.engine.transfer import to_device, to_host
 
@@ -97,6 +99,10 @@ class Sampler:
         for row, history in histories.items():
             history.choose(token_ids[row : row + 1])
         return Sampled(token_ids, report)
+
+    def report_prompts(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[PromptReport]:
+        """Report the prompt rows [P, V] of a step; they arrive with what is sampled next."""
+        return prompt_reports(logits[:, : self._vocab_size], chunks)
 
     def _bias(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
         biases = {

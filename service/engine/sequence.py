@@ -29,6 +29,7 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_k: 0 keeps all.
         logprobs: Number of most likely tokens reported per position; None reports nothing.
+        prompt_logprobs: The same of the prompt.
         seed: None draws one.
         logit_bias: Pairs of token id and what is added to its logit.
         grammar: What the text must be like; None leaves it free.
@@ -50,14 +51,15 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probabilities at one generated position, before temperature and penalties.
+    """Log-probabilities at one position, before temperature and penalties.
 
     Attributes:
-        token_id: The token that was chosen.
+        token_id: The token that is there.
         logprob: Its natural log-probability.
         top: The most likely tokens with theirs, best first.
     """
@@ -109,6 +111,7 @@ class Update:
         token_ids: New tokens.
         finish: Set on the last update.
         error: Set instead of ``finish`` if the engine failed.
+        prompt_logprobs: With the first token, if asked for: the prompt's tokens but its first.
     """
 
     text: str = ""
@@ -116,6 +119,7 @@ class Update:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
     error: ServiceError | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     def __add__(self, later: "Update") -> "Update":
         return Update(
@@ -124,6 +128,7 @@ class Update:
             self.logprobs + later.logprobs,
             later.finish,
             later.error,
+            self.prompt_logprobs + later.prompt_logprobs,
         )
 
 

@@ -127,6 +127,32 @@ def test_logprobs_of_a_completion_are_those_of_the_plain_model(
             assert top[tokenizer.decode([index])] == pytest.approx(value, abs=1e-3)
 
 
+def test_logprobs_of_an_echoed_prompt_are_those_of_the_plain_model(
+    client, model, plain_logprobs, tokenizer
+):
+    prompt = tokenizer(PROMPT).input_ids
+    answer = client.completions.create(
+        model=model,
+        prompt=PROMPT,
+        max_tokens=1,
+        temperature=0,
+        echo=True,
+        logprobs=2,
+        extra_body={"method": "dense"},
+    )
+    given = answer.choices[0].logprobs
+    assert answer.choices[0].text.startswith(PROMPT)
+    assert len(given.tokens) == len(prompt) + 1
+    assert given.token_logprobs[0] is None
+    assert "".join(given.tokens[1:]) == answer.choices[0].text
+    expected = plain_logprobs(prompt)
+    for place in range(1, len(prompt)):
+        row = expected[place - 1]
+        assert given.token_logprobs[place] == pytest.approx(float(row[prompt[place]]), abs=1e-3)
+        likeliest = tokenizer.decode([int(row.argmax())])
+        assert given.top_logprobs[place][likeliest] == pytest.approx(float(row.max()), abs=1e-3)
+
+
 def test_logprobs_of_a_chat_are_those_of_the_plain_model(client, model, plain_logprobs, tokenizer):
     answer = client.chat.completions.create(
         model=model,

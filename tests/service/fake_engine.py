@@ -93,7 +93,11 @@ class FakeGeneration:
         if self._request.sampling.logprobs is not None:
             logprobs = (TokenLogprob(step, -0.5, ((step, -0.5),)),)
         last = step == len(self._engine.words) - 1
-        return Update(word, (step,), logprobs, finish() if last else None)
+        prompt: tuple[TokenLogprob, ...] = ()
+        if step == 0 and self._request.sampling.prompt_logprobs is not None:
+            prompt = tuple(TokenLogprob(t, -1.5, ((t, -1.5),)) for t in self.prompt_ids[1:])
+        end = finish() if last else None
+        return Update(word, (step,), logprobs, end, prompt_logprobs=prompt)
 
 
 class FakeEngine:

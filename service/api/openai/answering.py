@@ -42,8 +42,8 @@ class Shape(ABC):
         """What a choice holds besides its index and why it ended."""
 
     @abstractmethod
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The same of a chunk before the first token of a choice; None if there is none."""
+    def opening(self, index: int, first: Update) -> dict[str, Any] | None:
+        """The same of a chunk before the first update of a choice; None if there is none."""
 
     @abstractmethod
     def piece(self, index: int, update: Update) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class _ChunkWriter:
     def write(self, index: int, update: Update) -> Iterator[dict[str, Any]]:
         if index not in self._num_tokens:
             self._num_tokens[index] = 0
-            opening = self._shape.opening(index)
+            opening = self._shape.opening(index, update)
             if opening is not None:
                 yield self._chunk(index, opening, None)
         self._num_tokens[index] += len(update.token_ids)

@@ -108,7 +108,7 @@ class ChatShape(Shape):
         return {"message": message, "logprobs": self._report(collected.logprobs)}
 
     @override
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int, first: Update) -> dict[str, Any] | None:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
     @override

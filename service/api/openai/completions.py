@@ -2,10 +2,10 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 from typing_extensions import override
 
 from service.api.body import documented_body, parsed_body
@@ -24,8 +24,7 @@ from service.api.openai.submission import (
 )
 from service.api.schemas import TokenId
 from service.api.streaming import EventStream, as_json, unless_client_leaves
-from service.engine.sequence import Update
-from service.errors import BadRequestError
+from service.engine.sequence import SamplingParams, Update
 
 router = APIRouter(tags=["openai"])
 _Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -72,15 +71,9 @@ class CompletionRequest(OpenAIFields):
         tokens = [part for part in self.prompt if isinstance(part, int)]
         return [tokens] if tokens else [p for p in self.prompt if not isinstance(p, int)]
 
-    @model_validator(mode="after")
-    def _check_echo(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise BadRequestError(
-                "The log-probabilities of prompt tokens are not computed: logprobs and echo"
-                " exclude each other.",
-                "logprobs",
-            )
-        return self
+    @override
+    def sampling(self) -> SamplingParams:
+        return replace(super().sampling(), prompt_logprobs=self.logprobs if self.echo else None)
 
 
 class CompletionChoice(BaseModel):
@@ -112,25 +105,43 @@ class CompletionShape(Shape):
 
     @override
     def whole(self, index: int, collected: Collected) -> dict[str, Any]:
-        update = Update(collected.text, logprobs=tuple(collected.logprobs))
-        content = self.piece(index, update)
-        return {**content, "text": self._echo(index) + content["text"]}
+        whole = Update(
+            collected.text,
+            logprobs=tuple(collected.logprobs),
+            prompt_logprobs=collected.prompt_logprobs,
+        )
+        echo, rest = self.opening(index, whole), self.piece(index, whole)
+        if echo is None:
+            return rest
+        logprobs = None
+        if self._body.logprobs is not None:
+            logprobs = {
+                name: echo["logprobs"][name] + part for name, part in rest["logprobs"].items()
+            }
+        return {"text": echo["text"] + rest["text"], "logprobs": logprobs}
 
     @override
-    def opening(self, index: int) -> dict[str, Any] | None:
-        return {"text": self._echo(index), "logprobs": None} if self._body.echo else None
+    def opening(self, index: int, first: Update) -> dict[str, Any] | None:
+        if not self._body.echo:
+            return None
+        logprobs = None
+        if self._body.logprobs is not None:
+            prompt_ids = self._submission.prompts[index // self._submission.num_choices]
+            logprobs = self._reporter(index).report_prompt(prompt_ids, first.prompt_logprobs)
+        return {"text": self._echo(index), "logprobs": logprobs}
 
     @override
     def piece(self, index: int, update: Update) -> dict[str, Any]:
         if self._body.logprobs is None:
             return {"text": update.text, "logprobs": None}
+        return {"text": update.text, "logprobs": self._reporter(index).report(update.logprobs)}
+
+    def _reporter(self, index: int) -> CompletionReporter:
         if index not in self._reporters:
             self._reporters[index] = CompletionReporter(self._submission.engine.tokenizer)
-        return {"text": update.text, "logprobs": self._reporters[index].report(update.logprobs)}
+        return self._reporters[index]
 
     def _echo(self, index: int) -> str:
-        if not self._body.echo:
-            return ""
         number = index // self._submission.num_choices
         prompt = self._body.prompts[number]
         if isinstance(prompt, str):

@@ -52,9 +52,18 @@ class CompletionReporter:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_characters = 0
 
-    def skip(self, text: str) -> None:
-        """Count text that stands before the tokens to come."""
-        self._num_characters += len(text)
+    def report_prompt(
+        self, prompt_ids: Sequence[int], positions: Sequence[TokenLogprob]
+    ) -> dict[str, Any]:
+        """A prompt and all its tokens but the first, of which nothing can be told."""
+        offset = self._offset(prompt_ids[0])
+        rest = self.report(positions)
+        return {
+            "text_offset": [offset, *rest["text_offset"]],
+            "token_logprobs": [None, *rest["token_logprobs"]],
+            "tokens": [self._tokenizer.token_text(prompt_ids[0]), *rest["tokens"]],
+            "top_logprobs": [None, *rest["top_logprobs"]],
+        }
 
     def report(self, positions: Sequence[TokenLogprob]) -> dict[str, Any]:
         """The next tokens, as ``CompletionLogprobs``."""

@@ -116,6 +116,24 @@ async def test_logprobs_are_parallel_lists() -> None:
     assert [token for piece in streamed for token in piece["tokens"]] == logprobs["tokens"]
 
 
+async def test_logprobs_of_an_echo_begin_with_the_prompt() -> None:
+    engine = FakeEngine()
+    prompt = engine.tokenizer.encode("Say it")
+    body = {"prompt": prompt, "echo": True, "logprobs": 1}
+    choice = (await post(body, engine=engine)).json()["choices"][0]
+    logprobs = choice["logprobs"]
+    assert choice["text"] == "Say it" + TEXT
+    assert logprobs["tokens"][: len(prompt)] == [engine.tokenizer.token_text(t) for t in prompt]
+    assert logprobs["token_logprobs"] == [None] + [-1.5] * (len(prompt) - 1) + [-0.5] * 4
+    assert logprobs["top_logprobs"][0] is None
+    assert logprobs["text_offset"][:3] == [0, 0, 1]
+    assert logprobs["text_offset"][len(prompt)] == len("Say it")
+    chunks = await stream(body, engine)
+    streamed = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks]
+    assert [offset for piece in streamed for offset in piece] == logprobs["text_offset"]
+    assert (await post({"prompt": prompt, "echo": True})).json()["choices"][0]["logprobs"] is None
+
+
 async def test_fields_reach_the_engine_and_null_is_the_default() -> None:
     engine = FakeEngine()
     nulls: dict[str, Any] = dict.fromkeys(
@@ -143,7 +161,6 @@ async def test_fields_reach_the_engine_and_null_is_the_default() -> None:
         ({"prompt": [5, True]}, "prompt"),
         ({"prompt": ["a"] * 257}, "prompt"),
         ({"prompt": ["a"] * 256, "n": 2}, "prompt"),
-        ({"echo": True, "logprobs": 0}, "logprobs"),
         ({"suffix": "s"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"use_beam_search": 0}, "use_beam_search"),
