@@ -6,21 +6,21 @@ far; an engine that runs ahead therefore waits for the tokens of such a sequence
 
 import asyncio
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import llguidance
 import torch
 
 from service.engine.tokenizer import Tokenizer
 from service.errors import BadRequestError
 
+if TYPE_CHECKING:  # or a server without it, which serves all but this, could not start
+    import llguidance
+
 _NUM_KEPT = 64  # compiled grammars
 # A model that likes white space could otherwise write nothing else until it is cut off.
 _JSON_SPACE = r"( |\n {0,16})?"
-_NO_CLIENT_TEXT = llguidance.LLParserLimits(verbose_errors=False)
 
 GrammarKind = Literal["json_schema", "regex", "choice", "lark"]
 
@@ -43,7 +43,7 @@ class Grammar:
 class Matcher:
     """Follows one generation through its grammar."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+    def __init__(self, matcher: "llguidance.LLMatcher") -> None:
         self._matcher = matcher
         self._num_consumed = 0
 
@@ -85,23 +85,30 @@ class GrammarCompiler:
         return await asyncio.to_thread(self._compiled, grammar)
 
     @cached_property
-    def _vocabulary(self) -> llguidance.LLTokenizer:
+    def _vocabulary(self) -> "llguidance.LLTokenizer":
+        import llguidance
+
         adapter = llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer))
         return llguidance.LLTokenizer(adapter, eos_token=sorted(self._tokenizer.eos_token_ids))
 
     def _compile(self, grammar: Grammar) -> Matcher:
+        try:
+            from llguidance import LLMatcher, LLParserLimits
+        except ImportError:
+            raise BadRequestError(
+                "This server was installed without llguidance, which formats need.", grammar.param
+            ) from None
         if not self._tokenizer.eos_token_ids:
             raise BadRequestError(
                 "The model has no token for the end of a text, so none can be held to a grammar.",
                 grammar.param,
             )
         try:
-            written = _WRITERS[grammar.kind](grammar.source)
+            written = _written(grammar)
         except ValueError as error:
             raise _invalid(grammar, str(error)) from None
-        matcher = llguidance.LLMatcher(
-            self._vocabulary, written, log_level=0, limits=_NO_CLIENT_TEXT
-        )
+        limits = LLParserLimits(verbose_errors=False)  # no text of a client in an error
+        matcher = LLMatcher(self._vocabulary, written, log_level=0, limits=limits)
         if matcher.is_error():
             raise _invalid(grammar, matcher.get_error())
         trial = matcher.deep_copy()
@@ -127,23 +134,22 @@ class _Vocabulary:
         return self._tokenizer.encode(plain, adds_special_tokens=False)
 
 
-def _json_schema(source: str) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(
-        source, overrides={"whitespace_pattern": _JSON_SPACE}
-    )
+def _written(grammar: Grammar) -> str:
+    """The grammar in llguidance's own terms; ValueError if it is not even JSON."""
+    from llguidance import LLMatcher
 
-
-def _choice(source: str) -> str:
-    words = " | ".join(json.dumps(word) for word in json.loads(source))
-    return llguidance.LLMatcher.grammar_from_lark(f"start: {words}")
-
-
-_WRITERS: dict[GrammarKind, Callable[[str], str]] = {
-    "json_schema": _json_schema,
-    "regex": llguidance.LLMatcher.grammar_from_regex,
-    "choice": _choice,
-    "lark": llguidance.LLMatcher.grammar_from_lark,
-}
+    match grammar.kind:
+        case "json_schema":
+            return LLMatcher.grammar_from_json_schema(
+                grammar.source, overrides={"whitespace_pattern": _JSON_SPACE}
+            )
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.source)
+        case "choice":
+            words = " | ".join(json.dumps(word) for word in json.loads(grammar.source))
+            return LLMatcher.grammar_from_lark(f"start: {words}")
+        case "lark":
+            return LLMatcher.grammar_from_lark(grammar.source)
 
 
 def _invalid(grammar: Grammar, reason: str) -> BadRequestError:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 
 import pytest
 import tokenizers
@@ -116,6 +117,13 @@ def test_a_model_without_an_end_cannot_be_held_to_a_grammar():
     endless = GrammarCompiler(Tokenizer(backend))
     with pytest.raises(BadRequestError, match="no token for the end"):
         compiled("regex", "a", endless)
+
+
+def test_a_server_without_the_library_refuses_formats_and_nothing_else(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert asyncio.run(GrammarCompiler(TOKENIZER).matcher(None)) is None
+    with pytest.raises(BadRequestError, match="without llguidance"):
+        compiled("regex", "a", GrammarCompiler(TOKENIZER))
 
 
 def test_the_sampler_chooses_within_the_grammar_and_ends_where_it_ends():
