@@ -45,6 +45,10 @@ def test_every_route_keeps_the_promises_of_the_document(operation, mode, address
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def ask(case):
+        if operation.label == "POST /generate" and mode is FITTING:
+            case.body = {"prompt": "p", **case.body}  # exactly one of two: no schema says so here
+            case.body["prompt_token_ids"] = None if case.body["prompt"] else [5]
+            case.body["prompt"] = case.body["prompt"] or None
         case.call_and_validate(base_url=address, excluded_checks=[positive_data_acceptance])
 
     ask()
