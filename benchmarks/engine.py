@@ -20,7 +20,7 @@ from service.engine.engine import Engine
 from service.engine.events import NoEvents
 from service.engine.generation import build_sequence
 from service.engine.sequence import SamplingParams, Sequence, Update
-from service.models.attention import NAME
+from service.models.bridge import NAME
 from service.models.loading import LoadedModel, default_model_directory, load_model
 from service.settings import Settings
 from sparse_methods import get_sparse_method

@@ -25,7 +25,7 @@ from service.engine.sequence import SamplingParams, Sequence
 from service.engine.stopping import OutputBuilder
 from service.engine.tokenizer import Tokenizer
 from service.evaluation.specs import parse_spec
-from service.models.attention import NAME
+from service.models.bridge import NAME
 from service.models.discovery import discover
 from service.models.hugging_face import set_attention
 from service.models.loading import LoadedModel, default_model_directory

@@ -84,7 +84,7 @@ def serve(settings: Settings) -> None:
 @app.command()
 @with_options(
     settings=OptionGroup(Settings, without=_HTTP_ONLY),
-    sampling=OptionGroup(SamplingFields, without=("n", "logprobs")),
+    sampling=OptionGroup(SamplingFields, without=("n",)),
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to complete; - reads standard input.")],

@@ -2,16 +2,19 @@
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from service.api import generate, health, methods
+from service.api import generate, health, methods, running
 from service.api.errors import install_error_handlers
 from service.api.health import server_version
 from service.api.holder import EngineHolder, LoadEngine
 from service.api.middleware import ApiKeys, RequestContext
+from service.api.openai import chat, completions, models, tokens
+from service.api.running import RunningRequests
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -44,9 +47,10 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.settings, app.state.metrics, app.state.holder = settings, metrics, holder
+    app.state.running, app.state.started_at = RunningRequests(), int(time.time())
     metrics.watch(holder.status, lambda: _build_labels(holder))
     install_error_handlers(app)
-    for module in (generate, methods, health):
+    for module in (generate, completions, chat, models, tokens, methods, running, health):
         app.include_router(module.router)
     if settings.api_keys:
         keys = [key.get_secret_value() for key in settings.api_keys]

@@ -22,7 +22,7 @@ def test_a_file_stays_within_its_budget(path):
 
 
 def test_the_project_stays_within_its_budget():
-    assert sum(map(num_lines, SOURCES)) <= 18_500
+    assert sum(map(num_lines, SOURCES)) <= 26_000
 
 
 def test_no_file_is_named_after_a_junk_drawer():

@@ -19,7 +19,7 @@ class CachedTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of a request; the prompt counts once, the choices are summed."""
+    """Tokens of a request; a prompt counts once, the choices are summed."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -93,15 +93,23 @@ class SparsityBlock(BaseModel):
     layers: list[LayerSparsity] = Field(default=[], description="With 'layer' or 'head'.")
 
 
-def usage(finishes: Sequence[Finish]) -> Usage:
-    """Count the tokens of a request from the ends of its choices."""
-    prompt = finishes[0].num_prompt_tokens
+def usage(finishes: Sequence[Finish], num_choices: int | None = None) -> Usage:
+    """Count the tokens of a request from the ends of its choices.
+
+    Args:
+        finishes: Those of the first prompt first.
+        num_choices: Choices of each prompt; None if there is one prompt.
+    """
+    firsts = finishes[:: num_choices or len(finishes)]
+    prompt = sum(finish.num_prompt_tokens for finish in firsts)
     completion = sum(finish.num_generated_tokens for finish in finishes)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
-        prompt_tokens_details=CachedTokens(cached_tokens=finishes[0].num_cached_tokens),
+        prompt_tokens_details=CachedTokens(
+            cached_tokens=sum(finish.num_cached_tokens for finish in firsts)
+        ),
     )
 
 
@@ -119,7 +127,8 @@ def sparsity(
         return None
     statistics = sum((finish.statistics for finish in finishes), RequestStatistics())
     method = chosen.method
-    fallback = method.fallback(finishes[0].num_prompt_tokens)
+    lengths = dict.fromkeys(finish.num_prompt_tokens for finish in finishes)
+    fallback = next(filter(None, map(method.fallback, lengths)), None)  # of the first that had one
     block = SparsityBlock(
         method=method.registered_name,
         version=method.registered_version,

@@ -108,4 +108,7 @@ def _inline(schema: Any, definitions: dict[str, Any]) -> Any:  # noqa: ANN401 - 
         return schema
     if "$ref" in schema:
         return _inline(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    return {key: _inline(value, definitions) for key, value in schema.items()}
+    inlined = {key: _inline(value, definitions) for key, value in schema.items()}
+    if "mapping" in inlined.get("discriminator", ()):  # to names that are no more
+        del inlined["discriminator"]
+    return inlined

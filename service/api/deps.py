@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Query, Request
 
 from service.api.holder import EngineHolder
+from service.api.running import running
 from service.api.schemas import MethodFields, SamplingFields
 from service.engine.engine import Engine
 from service.engine.generation import Generation, GenerationRequest
@@ -113,10 +114,14 @@ def choose_method(
 
 @asynccontextmanager
 async def submit(
-    engine: Engine, chosen: ChosenMethod, body: SamplingFields, prompt: str | list[int]
+    request: Request,
+    engine: Engine,
+    chosen: ChosenMethod,
+    body: SamplingFields,
+    prompt: str | list[int],
 ) -> AsyncIterator[Submission]:
     """Hand a prompt to the engine; leaving the context aborts what still runs."""
-    request = GenerationRequest(
+    work = GenerationRequest(
         request_id=f"gen-{secrets.token_hex(12)}",
         prompt=prompt if isinstance(prompt, str) else None,
         prompt_ids=None if isinstance(prompt, str) else prompt,
@@ -124,8 +129,8 @@ async def submit(
         sampling=body.sampling(),
         n=body.n,
     )
-    async with await engine.submit(request) as generation:
-        yield Submission(request.request_id, engine, chosen, generation)
+    async with running(request, engine, work) as generation:
+        yield Submission(work.request_id, engine, chosen, generation)
 
 
 def _agreed(field: str, in_query: str | None, in_body: str | None) -> str | None:

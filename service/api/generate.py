@@ -1,7 +1,6 @@
 """``POST /generate``: complete one prompt through the method the request names."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -9,11 +8,12 @@ from pydantic import BaseModel, Field
 
 from service.api.answers import SparsityBlock, TimingBlock, Usage, sparsity, timing, usage
 from service.api.body import documented_body, parsed_body
+from service.api.collecting import collect
 from service.api.deps import EngineDep, MethodQueryDep, Submission, choose_method, submit
 from service.api.errors import documented_errors
 from service.api.schemas import GenerateRequest
 from service.api.streaming import EventStream, as_json, unless_client_leaves
-from service.engine.sequence import Finish, TokenLogprob, Update
+from service.engine.sequence import Finish, TokenLogprob
 
 router = APIRouter(tags=["generation"])
 
@@ -56,22 +56,6 @@ class GenerateResponse(BaseModel):
     timing: TimingBlock
 
 
-@dataclass
-class _Collected:
-    """Updates of one choice, in pieces, since adding them one by one would be quadratic."""
-
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: Finish | None = None
-
-    def add(self, update: Update) -> None:
-        self.texts.append(update.text)
-        self.token_ids += update.token_ids
-        self.logprobs += update.logprobs
-        self.finish = update.finish or self.finish
-
-
 async def submitted(
     request: Request,
     engine: EngineDep,
@@ -81,7 +65,7 @@ async def submitted(
     """Queue the request before the answer starts, and free its pages however the answer ends."""
     chosen = choose_method(engine, query, body, request)
     prompt = body.prompt_token_ids if body.prompt is None else body.prompt
-    async with submit(engine, chosen, body, prompt or "") as submission:
+    async with submit(request, engine, chosen, body, prompt or "") as submission:
         yield body, submission
 
 
@@ -109,13 +93,11 @@ async def generate(
 
 
 async def _collect(body: GenerateRequest, submission: Submission) -> GenerateResponse:
-    collected = [_Collected() for _ in range(body.n)]
-    async for index, update in submission.generation:
-        collected[index].add(update)
+    collected, finishes = await collect(submission.generation, body.n)
     choices = [
         Choice(
             index=index,
-            text="".join(choice.texts),
+            text=choice.text,
             token_ids=choice.token_ids,
             finish_reason=choice.finish.reason,
             stop_reason=choice.finish.stop_reason,
@@ -124,7 +106,6 @@ async def _collect(body: GenerateRequest, submission: Submission) -> GenerateRes
         for index, choice in enumerate(collected)
         if choice.finish is not None
     ]
-    finishes = [choice.finish for choice in collected if choice.finish is not None]
     return GenerateResponse(
         **_identity(submission),
         choices=choices,

@@ -33,6 +33,8 @@ class ServerInfo(BaseModel):
     device: str
     dtype: str
     attention: str = Field(description="Attention implementation in use.")
+    notes: list[str] = Field(description="On the model and which of its modules were fused.")
+    self_test: dict[str, Any] | None = Field(description="What was measured when it was loaded.")
     max_context_tokens: int
     default_method: dict[str, str]
     status: dict[str, Any]
@@ -86,8 +88,12 @@ async def get_server_info(engine: EngineDep) -> ServerInfo:
         device=engine.device,
         dtype=engine.dtype,
         attention=engine.attention,
+        notes=list(engine.notes),
+        self_test=None if engine.self_test is None else vars(engine.self_test),
         max_context_tokens=engine.max_context_tokens,
         default_method={"method": method, "version": method_version},
         status=vars(engine.status()),
-        settings=engine.settings.model_dump(mode="json", exclude={"api_keys", "model"}),
+        settings=engine.settings.model_dump(
+            mode="json", exclude={"api_keys", "model", "calibration"}
+        ),
     )

@@ -1,8 +1,9 @@
-"""The request of ``POST /generate``; the fields on sampling are every generation route's."""
+"""The request of ``POST /generate``; fields on sampling and method are every route's."""
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from typing_extensions import override
 
 from service.engine.sequence import SamplingParams
 from service.errors import BadRequestError
@@ -12,8 +13,9 @@ _MAX_TOKEN_ID = 2**31 - 1
 
 SparsityDetail = Literal["none", "summary", "layer", "head"]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
-_Stop = str | list[str] | None  # what a client may send
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+# What a client may send.
+_Stop = StopString | Annotated[list[StopString], Field(max_length=16)] | None
 
 
 def _as_list(value: object) -> object:
@@ -67,25 +69,34 @@ class SamplingFields(BaseModel):
         default_factory=list, max_length=64, description="Tokens that end the answer."
     )
     ignore_eos: bool = Field(False, description="Whether to go on after the end of sequence.")  # noqa: FBT003 - a default
-    logprobs: int | None = Field(
-        None, ge=0, le=20, description="Most likely tokens reported per position; null is none."
-    )
     n: int = Field(1, ge=1, le=16, description="Choices generated from the one prompt.")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.min_tokens > self.max_tokens:
+        if self.min_tokens > self.token_limit:
             raise BadRequestError(
-                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens}).",
+                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.token_limit}).",
                 "min_tokens",
             )
         if self.n > 1 and self.temperature == 0:
             raise BadRequestError("With temperature 0 all choices are the same; n must be 1.", "n")
         return self
 
+    @property
+    def token_limit(self) -> int:
+        """Most new tokens, by whatever field the route takes it."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Most likely tokens to report per position; None reports nothing."""
+        return None
+
     def sampling(self) -> SamplingParams:
         """The engine's view of these fields."""
         values = self.model_dump(include=set(SamplingFields.model_fields) - {"n"})
+        values["max_tokens"] = self.token_limit
+        values["logprobs"] = self.num_logprobs
         values["top_k"] = max(0, self.top_k)
         values["stop"] = tuple(self.stop)
         values["stop_token_ids"] = tuple(self.stop_token_ids)
@@ -116,7 +127,15 @@ class GenerateRequest(MethodFields, SamplingFields):
     prompt_token_ids: list[TokenId] | None = Field(
         None, fail_fast=True, description="Tokens to complete; exactly one of this and prompt."
     )
+    logprobs: int | None = Field(
+        None, ge=0, le=20, description="Most likely tokens reported per position; null is none."
+    )
     stream: bool = Field(False, description="Whether to send server-sent events.")  # noqa: FBT003 - a default
+
+    @property
+    @override
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     @model_validator(mode="after")
     def _check_prompt(self) -> Self:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from service.engine.grouping import OwnedTile, group_adaptive, group_tiles, overrides
+from service.engine.prompt_logprobs import num_prompt_rows
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.engine.transfer import to_device
@@ -24,13 +25,14 @@ class Batch:
     Attributes:
         token_ids: [T] int64 packed tokens.
         positions: [T] int64 absolute positions.
-        last_rows: [S] int64, packed row of each completed chunk's last token.
+        logit_rows: [S + P] int64, packed row of each completed chunk's last token, and then those
+            of prompts whose log-probabilities are reported.
         completed: The S sequences that get a next token.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
-    last_rows: torch.Tensor
+    logit_rows: torch.Tensor
     completed: list[Sequence]
     attention: AttentionBatch
 
@@ -39,10 +41,12 @@ def build_batch(chunks: Items[Chunk], block_size: int, device: torch.device) -> 
     """Pack the chunks of one step, in order."""
     tiles, owners, last_rows = [], [], []
     token_ids: list[int] = []
+    prompt_rows: list[int] = []
     for request, chunk in enumerate(chunks):
         cut = cut_tiles(chunk, request, len(token_ids), block_size)
         tiles += cut
         owners += [chunk.sequence] * len(cut)
+        prompt_rows += range(len(token_ids), len(token_ids) + num_prompt_rows(chunk))
         token_ids += chunk.sequence.tokens(chunk.start, chunk.stop)
         if chunk.completes:
             last_rows.append(len(token_ids) - 1)
@@ -70,7 +74,7 @@ def build_batch(chunks: Items[Chunk], block_size: int, device: torch.device) -> 
     return Batch(
         token_ids=to_device(torch.from_numpy(np.array(token_ids)), device),  # fast if they are many
         positions=to_device(positions, device),
-        last_rows=to_device(last_rows, device, torch.int64),
+        logit_rows=to_device(last_rows + prompt_rows, device, torch.int64),
         completed=[chunk.sequence for chunk in chunks if chunk.completes],
         attention=attention,
     )

@@ -8,16 +8,17 @@ last one, so that the device works while the host deals with tokens.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from service.engine.events import EngineEvents
 from service.engine.model_runner import ModelRunner
-from service.engine.sampled import Sampled
+from service.engine.prompt_logprobs import PromptReport
+from service.engine.sampled import Sampled, no_token_error
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Chunk, OutOfPagesError, Scheduler
 from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
 from service.engine.stopping import OutputBuilder
-from service.errors import GenerationError, ServiceError
+from service.errors import ServiceError
 from sparse_methods.statistics import RequestStatistics
 
 
@@ -27,6 +28,7 @@ class _Progress:
 
     text: OutputBuilder
     last_token_at: float | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,15 @@ class _Launched:
 
     chunks: list[Chunk]
     completed: list[Sequence]
+    prompts: list[PromptReport]
     sampled: Sampled
     num_runs: int
     launched_at: float
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether what may come next depends on tokens that only the device knows yet."""
+        return any(sequence.matcher is not None for sequence in self.completed)
 
 
 class EngineCore:
@@ -113,10 +121,22 @@ class EngineCore:
             self._finish(sequence, FinishReason.ABORT, None)
             self._events.aborted(reason)
 
+    def cancel(self, sequence: Sequence) -> dict[Sequence, Update]:
+        """End a sequence early because its reader wants no more than it has."""
+        if sequence not in self._live:
+            return {}
+        text = self._live[sequence].text.abort()
+        finish = self._finish(sequence, FinishReason.ABORT, None)
+        self._events.aborted("cancelled")
+        return {sequence: Update(text=text, finish=finish)}
+
     def step(self) -> dict[Sequence, Update]:
         """Run one step and return what was added to whom: by it, or running ahead, by the last."""
         self._updates, self._at_fault = {}, []
         previous, self._launched = self._launched, None
+        if previous is not None and previous.is_awaited:
+            self._collect(previous)
+            previous = None
         try:
             self._launched = self._launch(may_preempt=previous is None)
         finally:  # what the previous step produced is delivered even if the next one fails
@@ -165,19 +185,23 @@ class EngineCore:
                 if chunk.sequence.first_scheduled_at is None:
                     chunk.sequence.first_scheduled_at = launched_at
             logits, completed = self._runner.run(chunks)
-            sampled = self._sampler.sample(logits, completed)
+            prompts = self._sampler.report_prompts(logits[len(completed) :], chunks)
+            sampled = self._sampler.sample(logits[: len(completed)], completed)
             self._runner.keep_tokens(completed, sampled.token_ids)
             for chunk in chunks:
                 chunk.sequence.num_computed_tokens = chunk.stop
             for sequence in completed:
                 sequence.num_pending_tokens += 1
-        return _Launched(chunks, completed, sampled, self._runner.num_runs, launched_at)
+        return _Launched(chunks, completed, prompts, sampled, self._runner.num_runs, launched_at)
 
     def _collect(self, step: _Launched) -> None:
         """Wait for a step and deal out its tokens to those who still want them."""
         with self._answering_for(step.chunks):
             result = step.sampled.result()
             self._num_collected_runs = step.num_runs
+            for report in step.prompts:
+                if report.sequence in self._live:
+                    report.extend(self._live[report.sequence].prompt_logprobs)
             for sequence in step.completed:
                 sequence.num_pending_tokens -= 1
             for index, sequence in enumerate(step.completed):
@@ -185,10 +209,7 @@ class EngineCore:
                     continue
                 if index in result.failed:
                     self._events.engine_error()
-                    failure = GenerationError(
-                        "The model's output for this request is not a number."
-                    )
-                    self._updates[sequence] = self._fail(sequence, failure)
+                    self._updates[sequence] = self._fail(sequence, no_token_error(sequence))
                 else:
                     token_id, logprob = result.token_ids[index], result.logprobs[index]
                     self._updates[sequence] = self._append(sequence, token_id, logprob)
@@ -210,6 +231,7 @@ class EngineCore:
     def _append(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> Update:
         progress = self._live[sequence]
         now = time.monotonic()
+        is_first = not sequence.output_ids
         if sequence.first_token_at is None:
             sequence.first_token_at = now
             self._events.first_token(sequence, now - sequence.arrived_at)
@@ -219,7 +241,9 @@ class EngineCore:
         sequence.output_ids.append(token_id)
         text, ending = progress.text.push(token_id)
         finish = None if ending is None else self._finish(sequence, *ending)
-        return Update(text, (token_id,), () if logprob is None else (logprob,), finish)
+        logprobs = () if logprob is None else (logprob,)
+        prompt_logprobs = tuple(progress.prompt_logprobs) if is_first else ()
+        return Update(text, (token_id,), logprobs, finish, prompt_logprobs=prompt_logprobs)
 
     def _finish(
         self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None

@@ -10,7 +10,13 @@ import torch
 
 from service.engine.core import EngineCore
 from service.engine.events import EngineEvents
-from service.engine.generation import Generation, GenerationRequest, build_sequence
+from service.engine.generation import (
+    Generation,
+    GenerationRequest,
+    build_sequence,
+    check_logit_bias,
+)
+from service.engine.grammar import GrammarCompiler
 from service.engine.kv_cache import PageAllocator
 from service.engine.loop import Address, EngineLoop, Outbox
 from service.engine.model_runner import ModelRunner
@@ -56,6 +62,7 @@ class Engine:
     Attributes:
         attention: Name of the attention implementation in use.
         self_test: What the test at load measured.
+        notes: What an operator may want to know of the model, one sentence each.
         runner: The model; its attention may be measured before the thread starts.
         core: What the engine thread drives; tests and benchmarks may drive it themselves.
         default_method: Name and version of requests that name none.
@@ -65,7 +72,8 @@ class Engine:
         self.settings = settings
         self.events = events
         self.tokenizer = Tokenizer.load(loaded.directory, loaded.eos_token_ids)
-        self.model_name = loaded.name
+        self._grammars = GrammarCompiler(self.tokenizer)
+        self.model_name, self.notes = loaded.name, loaded.notes
         self.default_method = (settings.method, latest_version(settings.method))
         get_sparse_method(settings.method)().check_servable(settings.block_size)
         self._calibrations = load_calibrations(settings.calibration, loaded.directory)
@@ -144,17 +152,21 @@ class Engine:
             UnavailableError: The engine is draining or dead.
             QueueFullError: Too many generations wait.
             PromptTooLongError: The prompt leaves no room for an answer.
-            BadRequestError: The prompt is empty or has unknown tokens.
+            BadRequestError: The prompt is empty, it or a bias has unknown tokens, or no text could
+                satisfy the grammar.
         """
         request = dataclasses.replace(request, method=self.calibrated(request.method))
         request.method.check_servable(self.settings.block_size)
+        check_logit_bias(request.sampling, self.tokenizer.vocab_size)
         self._check_admission(request.n)  # before the work of encoding, and again after it
         prompt_ids = await self._encode(request)
         self._check_prompt(prompt_ids)
+        matcher = await self._grammars.matcher(request.sampling.grammar)
         self._check_admission(request.n)
         outbox, event_loop = Outbox(), asyncio.get_running_loop()
         sequences = [self._sequence(request, prompt_ids, index) for index in range(request.n)]
         for index, sequence in enumerate(sequences):
+            sequence.matcher = None if matcher is None else matcher.fork()
             self._loop.add(sequence, Address(event_loop, outbox, index))
         return Generation(self._loop, sequences, outbox)
 
@@ -241,7 +253,9 @@ class Engine:
                 f" into the context of {self.max_context_tokens} tokens.",
                 "prompt",
             )
-        return await asyncio.to_thread(self.tokenizer.encode, prompt)
+        return await asyncio.to_thread(
+            self.tokenizer.encode, prompt, adds_special_tokens=request.adds_special_tokens
+        )
 
     def _check_prompt(self, prompt_ids: list[int]) -> None:
         if not prompt_ids:

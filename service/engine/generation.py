@@ -11,12 +11,17 @@ import torch
 
 from service.engine.loop import EngineLoop, Outbox
 from service.engine.sequence import SamplingParams, Sequence, Update
+from service.errors import BadRequestError
 from sparse_methods import SparseAttentionMethod
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A validated request: exactly one of ``prompt`` and ``prompt_ids`` is given."""
+    """A validated request: exactly one of ``prompt`` and ``prompt_ids`` is given.
+
+    Attributes:
+        adds_special_tokens: Whether special tokens are put around ``prompt``.
+    """
 
     request_id: str
     method: SparseAttentionMethod
@@ -24,6 +29,7 @@ class GenerationRequest:
     prompt: str | None = None
     prompt_ids: list[int] | None = None
     n: int = 1
+    adds_special_tokens: bool = True
 
 
 class Generation:
@@ -52,6 +58,11 @@ class Generation:
         for index in self._unfinished:
             self._loop.abort(self._sequences[index], "client")
 
+    def cancel(self) -> None:
+        """End the choices that still run; each gets a last update with the reason ``abort``."""
+        for index in self._unfinished:
+            self._loop.cancel(self._sequences[index])
+
     async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
         """Yield (choice index, update) until every choice has ended.
 
@@ -66,6 +77,21 @@ class Generation:
             yield index, update
             if not self._unfinished:
                 return
+
+
+def check_logit_bias(sampling: SamplingParams, vocab_size: int) -> None:
+    """Refuse biases of tokens that the model does not have.
+
+    Raises:
+        BadRequestError: A token id is not below ``vocab_size``.
+    """
+    largest = max((token_id for token_id, _ in sampling.logit_bias), default=-1)
+    if largest >= vocab_size:
+        raise BadRequestError(
+            f"The token {largest} of logit_bias is outside of the vocabulary: ids go from 0 to"
+            f" {vocab_size - 1}.",
+            "logit_bias",
+        )
 
 
 def build_sequence(

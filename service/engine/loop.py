@@ -117,6 +117,14 @@ class EngineLoop:
 
         self._inbox.put(command)
 
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence early and tell its reader; one that has ended is left alone."""
+
+        def command() -> None:
+            self._deliver(self._core.cancel(sequence))
+
+        self._inbox.put(lambda: self._guard(sequence, command))
+
     def _guard(self, sequence: Sequence, command: Callable[[], None]) -> None:
         """Run a command about one sequence; if it fails, only that sequence does."""
         try:

@@ -14,7 +14,8 @@ from service.engine.kv_cache import allocate_caches
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.engine.transfer import to_device
-from service.models.attention import AttentionBatch, PagedAttention, bind
+from service.models.attention import AttentionBatch, PagedAttention
+from service.models.bridge import bind
 from sparse_methods.kernels import pick_cache_writer, pick_implementation, prepare
 from sparse_methods.kernels.operation import LayerGeometry
 from sparse_methods.statistics import PHASES, RequestStatistics, read_statistics
@@ -79,7 +80,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, chunks: Items[Chunk]) -> tuple[torch.Tensor, list[Sequence]]:
-        """Compute the chunks; return [S, V] logits of the S sequences that get a next token."""
+        """Compute the chunks; return logits and the S sequences that get a next token.
+
+        The logits [S + P, V] are theirs, and then those of prompt rows that are to be reported.
+        """
         for chunk in chunks:
             if chunk.start == 0:
                 self._reset_statistics(chunk.sequence)
@@ -89,7 +93,7 @@ class ModelRunner:
         if self._graphs is not None and is_decode_step(chunks):
             return self._graphs.run(chunks), [chunk.sequence for chunk in chunks]
         batch = build_batch(chunks, self.block_size, self.device)
-        return self._forward_for(batch, batch.last_rows), batch.completed
+        return self._forward_for(batch, batch.logit_rows), batch.completed
 
     @torch.inference_mode()
     def keep_tokens(self, sequences: Items[Sequence], token_ids: torch.Tensor) -> None:

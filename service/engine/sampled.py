@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from service.engine.sequence import TokenLogprob
+from service.engine.sequence import Sequence, TokenLogprob
 from service.engine.transfer import Landmark, to_host
+from service.errors import GenerationError
 
 NO_TOKEN = -1
 
@@ -75,3 +76,12 @@ class Sampled:
         no_report: list[TokenLogprob | None] = [None] * len(chosen)
         logprobs = no_report if self._report is None else self._report.of_rows(chosen)
         return SampleResult(chosen, logprobs, failed)
+
+
+def no_token_error(sequence: Sequence) -> GenerationError:
+    """Why nothing could be chosen for a sequence."""
+    if sequence.matcher is not None and sequence.matcher.failure:
+        return GenerationError(
+            f"The grammar of this request cannot be followed: {sequence.matcher.failure}"
+        )
+    return GenerationError("The model's output for this request is not a number.")

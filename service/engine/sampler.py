@@ -10,7 +10,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from service.engine.prompt_logprobs import PromptReport, prompt_reports
 from service.engine.sampled import NO_TOKEN, LogprobReport, Sampled
+from service.engine.scheduler import Chunk
 from service.engine.sequence import SamplingParams, Sequence
 from service.engine.transfer import to_device, to_host
 
@@ -56,8 +58,8 @@ class _History:
 class Sampler:
     """Samples one token per row of logits.
 
-    Order: penalties, minimum length, temperature, top-k, top-p, min-p, draw; log-probabilities are
-    those of the untouched logits. Among equals the lowest id comes first.
+    Order: biases, penalties, minimum length, grammar, temperature, top-k, top-p, min-p, draw;
+    log-probabilities are those of the untouched logits. Among equals the lowest id comes first.
     """
 
     def __init__(
@@ -83,7 +85,8 @@ class Sampler:
             for row, seq in enumerate(sequences)
             if _has_penalty(seq.sampling)
         }
-        adjusted = self._mask_stops(self._penalise(raw, histories, sequences), sequences)
+        adjusted = self._penalise(self._bias(raw, sequences), histories, sequences)
+        adjusted = self._mask_by_grammar(self._mask_stops(adjusted, sequences), sequences)
         best, token_ids = adjusted.max(dim=-1)  # first of equals; NaN if any is
         random_rows = [i for i, seq in enumerate(sequences) if seq.sampling.temperature > 0]
         if random_rows:
@@ -96,6 +99,23 @@ class Sampler:
         for row, history in histories.items():
             history.choose(token_ids[row : row + 1])
         return Sampled(token_ids, report)
+
+    def report_prompts(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[PromptReport]:
+        """Report the prompt rows [P, V] of a step; they arrive with what is sampled next."""
+        return prompt_reports(logits[:, : self._vocab_size], chunks)
+
+    def _bias(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+        biases = {
+            (row, token_id): bias
+            for row, seq in enumerate(sequences)
+            for token_id, bias in seq.sampling.logit_bias
+        }
+        if not biases:
+            return logits
+        logits = logits.float()
+        places = self._tensor(list(biases)).unbind(1)
+        values = to_device(list(biases.values()), self._device, torch.float32)
+        return logits.index_put(places, logits[places] + values)
 
     def _penalise(
         self, logits: torch.Tensor, histories: dict[int, _History], sequences: list[Sequence]
@@ -139,6 +159,19 @@ class Sampler:
             return logits
         rows, columns = self._tensor(masked).unbind(1)
         return logits.index_put((rows, columns), logits.new_full((), -math.inf))
+
+    def _mask_by_grammar(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+        """Make impossible what a sequence's grammar does not allow behind its last token."""
+        masks = {
+            row: seq.matcher.allowed(seq.output_ids)[: logits.shape[1]]
+            for row, seq in enumerate(sequences)
+            if seq.matcher is not None
+        }
+        if not masks:
+            return logits
+        rows = self._tensor(list(masks))
+        allowed = to_device(torch.stack(list(masks.values())), self._device)
+        return logits.index_put((rows,), logits[rows].masked_fill(~allowed, -math.inf))
 
     def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
         eos_token_ids: frozenset[int] = frozenset() if sampling.ignore_eos else self._eos_token_ids

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 import torch
 
+from service.engine.grammar import Grammar, Matcher
 from service.errors import ServiceError
 from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.statistics import RequestStatistics
@@ -28,7 +29,10 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_k: 0 keeps all.
         logprobs: Number of most likely tokens reported per position; None reports nothing.
+        prompt_logprobs: The same of the prompt.
         seed: None draws one.
+        logit_bias: Pairs of token id and what is added to its logit.
+        grammar: What the text must be like; None leaves it free.
     """
 
     max_tokens: int = 128
@@ -45,14 +49,17 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probabilities at one generated position, before temperature and penalties.
+    """Log-probabilities at one position, before temperature and penalties.
 
     Attributes:
-        token_id: The token that was chosen.
+        token_id: The token that is there.
         logprob: Its natural log-probability.
         top: The most likely tokens with theirs, best first.
     """
@@ -104,6 +111,7 @@ class Update:
         token_ids: New tokens.
         finish: Set on the last update.
         error: Set instead of ``finish`` if the engine failed.
+        prompt_logprobs: With the first token, if asked for: the prompt's tokens but its first.
     """
 
     text: str = ""
@@ -111,6 +119,7 @@ class Update:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
     error: ServiceError | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     def __add__(self, later: "Update") -> "Update":
         return Update(
@@ -119,6 +128,7 @@ class Update:
             self.logprobs + later.logprobs,
             later.finish,
             later.error,
+            self.prompt_logprobs + later.prompt_logprobs,
         )
 
 
@@ -133,6 +143,7 @@ class Sequence:
             knows them yet.
         pages: Physical pages of the KV cache it owns, in logical order.
         slot: Row of the statistics buffer it owns while it runs; None while it waits.
+        matcher: Follows it through its grammar; None if its text is free.
     """
 
     request_id: str
@@ -145,6 +156,7 @@ class Sequence:
     num_pending_tokens: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
+    matcher: Matcher | None = None
     num_preemptions: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
     first_scheduled_at: float | None = None

@@ -17,6 +17,7 @@ from typing import Self
 import tokenizers
 from transformers import AutoTokenizer
 
+from service.engine.chat_template import ChatTemplate
 from service.errors import BadRequestError, ModelNotSupportedError
 
 REPLACEMENT = "\ufffd"
@@ -44,6 +45,7 @@ class Tokenizer:
         eos_token_ids: Tokens that end a sequence.
         vocab_size: One more than the largest token id the tokenizer knows.
         max_chars_of_token: Characters of the longest token.
+        chat_template: How the turns of a chat become a prompt.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_token_ids: Iterable[int] = ()) -> None:
@@ -61,6 +63,7 @@ class Tokenizer:
         self._added_ids = frozenset(added)
         self._text_ids = frozenset(ids - {i for i, token in added.items() if token.special})
         self._bytes: dict[int, bytes] = {}
+        self.chat_template = ChatTemplate()
         self._check_that_tokens_stand_for_bytes()
 
     @classmethod
@@ -93,10 +96,16 @@ class Tokenizer:
             raise ModelNotSupportedError(
                 f"There is no tokenizer in {model_dir}; the model needs a tokenizer.json"
             )
+        tokenizer.chat_template = ChatTemplate(loaded)
         return tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, with the special tokens the model expects around it.
+    def encode(self, text: str, *, adds_special_tokens: bool = True) -> list[int]:
+        """Tokens of a prompt.
+
+        Args:
+            text: The prompt.
+            adds_special_tokens: Whether the special tokens are put around it that the model
+                expects; a chat template has written them out already.
 
         Raises:
             BadRequestError: The text holds half of a surrogate pair.
@@ -106,7 +115,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             message = f"The prompt is not valid Unicode at character {error.start}"
             raise BadRequestError(message, param="prompt") from error
-        return self._backend.encode(text).ids
+        return self._backend.encode(text, add_special_tokens=adds_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens; special and unknown ones have none."""
@@ -124,6 +133,18 @@ class Tokenizer:
         # Only the last character of the prompt, if it was a broken one, can come out differently.
         is_completed = not text.startswith(prompt_text)
         return text[len(prompt_text) - is_completed :]
+
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """Text of the tokens with special ones by name, as the backend puts it together."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=False)
+
+    def token_text(self, token_id: int) -> str:
+        """What a token says, for reports on single tokens; bytes that are no text as escapes."""
+        spelled = self.token_bytes(token_id)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to running text; its name if it is special, nothing if unknown."""

@@ -1,4 +1,4 @@
-"""THE SEAM: Hugging Face modeling code calls in here for every attention layer.
+"""THE SEAM: every attention layer of a model ends up here; ``bridge`` says how.
 
 Each call writes the step's keys and values into the paged cache, asks every method group for its
 selection, and runs one kernel for the whole mixed batch. The batch lives on a ``PagedAttention``
@@ -9,12 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface
 
 from service.models.selection import (
     Decided,
@@ -39,8 +36,6 @@ from sparse_methods.kernels.page_summary import (
     allocate_summaries,
 )
 from sparse_methods.statistics import PHASES
-
-NAME = "sparseserve"
 
 
 @dataclass(frozen=True)
@@ -253,58 +248,3 @@ def _by_layer(counted: Sequence[torch.Tensor]) -> torch.Tensor:
     if any(tensor.shape[1] != width for tensor in counted):
         counted = [functional.pad(t, (0, 0, 0, width - t.shape[1])) for t in counted]
     return torch.stack(list(counted))
-
-
-class LayerAttention(Protocol):
-    """What attends for the layers of a model: ``PagedAttention``, or what stands in for it."""
-
-    def forward(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See ``PagedAttention.forward``."""
-
-    def kept_rows(self, layer: int) -> torch.Tensor | None:
-        """See ``PagedAttention.kept_rows``."""
-
-
-@dataclass(frozen=True)
-class BoundLayer:
-    """What an attention module carries to find its cache and its batch."""
-
-    attention: LayerAttention
-    index: int
-
-
-def bind(attention: LayerAttention, modules: Sequence[nn.Module]) -> None:
-    """Tell each attention module, in execution order, which layer of ``attention`` it is."""
-    for index, module in enumerate(modules):
-        module.sparseserve_layer = BoundLayer(attention, index)  # type: ignore[assignment]
-
-
-def _attention_function(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: object,
-    **kwargs: Any,  # noqa: ANN401 - what a model passes is its own affair; discovery looked at it
-) -> tuple[torch.Tensor, None]:
-    """Bridge from the attention interface: heads come before tokens, and go back after them.
-
-    The module was bound by ``bind``; query is [1, Hq, T, D], key and value [1, Hkv, T, D]; no mask
-    comes, as no mask function is registered under our name. Returns [1, T, Hq, Dv].
-    """
-    if attention_mask is not None:
-        raise RuntimeError(f"a mask reached {type(module).__name__}; its batch would be wrong")
-    bound: BoundLayer = module.sparseserve_layer  # type: ignore[assignment]
-    rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    output = bound.attention.forward(bound.index, rows, keys, values, kwargs.get("s_aux"))
-    return output.unsqueeze(0), None
-
-
-AttentionInterface.register(NAME, _attention_function)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from service.models.attention import BoundLayer
+from service.models.bridge import BoundLayer
 from service.models.kernels.operations import (
     Activation,
     ModuleKernels,

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from service.errors import ModelNotSupportedError
-from service.models.attention import NAME
+from service.models.bridge import NAME
 from service.models.discovery import DiscoveredLayer, attach, discover, discover_on_meta
 from service.models.hugging_face import Progress, quiet, reported_progress, set_attention
 from service.models.rope import pin_rope, rope_parameters, rope_types

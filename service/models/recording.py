@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from service.models.attention import bind
+from service.models.bridge import bind
 from service.models.discovery import DiscoveredLayer
 from service.models.hugging_face import quiet
 

@@ -69,6 +69,13 @@ def test_the_python_block_runs():
     run([sys.executable, "-c", code])
 
 
+def test_the_python_block_of_the_page_on_clients_runs(server):
+    page = (ROOT / "docs" / "clients.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    printed = run([sys.executable, "-c", code.replace("127.0.0.1:8000", server.url[7:])])
+    assert "'density'" in printed
+
+
 def test_the_method_table_is_generated_from_the_registry():
     _, _, rest = README.partition("<!-- methods: `sparseserve methods --markdown` -->\n")
     table, _, _ = rest.partition("<!-- /methods -->")

@@ -10,17 +10,21 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 from fastapi import FastAPI
 
+import service
 from service.engine.engine import EngineStatus
 from service.engine.events import EngineEvents, NoEvents
 from service.engine.generation import GenerationRequest
 from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
+from service.engine.tokenizer import Tokenizer
 from service.errors import PromptTooLongError, ServiceError, UnavailableError
 from service.main import create_app
+from service.models.self_test import SelfTestReport
 from service.server import Server
 from service.settings import Settings
 from sparse_methods import Phase, SparseAttentionMethod
@@ -53,7 +57,10 @@ class FakeGeneration:
     def __init__(self, engine: "FakeEngine", request: GenerationRequest) -> None:
         self._engine, self._request = engine, request
         self.prompt_ids = request.prompt_ids or list((request.prompt or "").encode())
-        self._is_done = False
+        self._is_done = self._is_cancelled = False
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
 
     async def __aenter__(self) -> "FakeGeneration":
         self._engine.num_running += 1
@@ -69,11 +76,16 @@ class FakeGeneration:
         for step, word in enumerate(self._engine.words):
             for index in range(self._request.n):
                 await asyncio.sleep(self._engine.step_s)
+                if self._is_cancelled:
+                    yield index, Update(finish=finish(FinishReason.ABORT, step))
+                    continue
                 if self._engine.is_stopped:
                     raise UnavailableError("stopped")
                 if step == self._engine.fail_at:
                     raise self._engine.failure
                 yield index, self._update(step, word)
+            if self._is_cancelled:
+                break
         self._is_done = True
 
     def _update(self, step: int, word: str) -> Update:
@@ -81,7 +93,11 @@ class FakeGeneration:
         if self._request.sampling.logprobs is not None:
             logprobs = (TokenLogprob(step, -0.5, ((step, -0.5),)),)
         last = step == len(self._engine.words) - 1
-        return Update(word, (step,), logprobs, finish() if last else None)
+        prompt: tuple[TokenLogprob, ...] = ()
+        if step == 0 and self._request.sampling.prompt_logprobs is not None:
+            prompt = tuple(TokenLogprob(t, -1.5, ((t, -1.5),)) for t in self.prompt_ids[1:])
+        end = finish() if last else None
+        return Update(word, (step,), logprobs, end, prompt_logprobs=prompt)
 
 
 class FakeEngine:
@@ -89,7 +105,10 @@ class FakeEngine:
 
     model_name, device, dtype, attention = "fake", "cpu", "float32", "reference"
     max_context_tokens = 1000
+    tokenizer = Tokenizer.load(Path(service.__file__).parent / "default_model")
     default_method = ("streaming", "v1")
+    notes = ("2 MLPs are fused.",)
+    self_test = SelfTestReport(error=1e-6, tolerance=1e-3, prompt_lens=(13,))
 
     def __init__(self, settings: Settings | None = None, events: EngineEvents | None = None):
         self.settings = settings or Settings()

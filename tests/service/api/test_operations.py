@@ -150,7 +150,9 @@ async def test_server_info_tells_what_runs_but_no_paths() -> None:
         info = (await client.get("/server_info")).json()
     assert (info["attention"], info["model"]) == ("reference", "fake")
     assert info["status"]["num_pages_total"] == 64
-    assert "model" not in info["settings"]
+    assert not {"model", "calibration", "api_keys"} & set(info["settings"])
+    assert info["notes"] == ["2 MLPs are fused."]
+    assert info["self_test"]["tolerance"] == 1e-3
 
 
 def test_an_endless_chunked_body_is_refused_while_it_is_sent() -> None:

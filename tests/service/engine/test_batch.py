@@ -67,7 +67,7 @@ def test_rows_slots_and_last_rows_follow_the_chunks():
     assert batch.positions.tolist() == [16, 17, 18, 19, 31]
     page = 8 * BLOCK
     assert batch.attention.slot_mapping.tolist() == [page, page + 1, page + 2, page + 3, page + 15]
-    assert batch.last_rows.tolist() == [3, 4]
+    assert batch.logit_rows.tolist() == [3, 4]
     assert batch.completed == [first, second]
     assert batch.attention.counter_rows.tolist() == [0, 1]
 
@@ -75,7 +75,7 @@ def test_rows_slots_and_last_rows_follow_the_chunks():
 def test_a_chunk_that_does_not_reach_the_end_gets_no_token():
     batch = build_batch([Chunk(sequence(40, 0), 0, 16)], BLOCK, torch.device("cpu"))
     assert batch.completed == []
-    assert batch.last_rows.numel() == 0
+    assert batch.logit_rows.numel() == 0
 
 
 def test_prompts_are_asked_one_by_one_and_rows_by_equal_method():

@@ -1,6 +1,8 @@
 """An engine that runs ahead gives everybody exactly what one that waits for each step gives."""
 
+import asyncio
 import random
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +12,7 @@ from service.engine.core import EngineCore
 from service.engine.engine import Engine
 from service.engine.events import NoEvents
 from service.engine.generation import build_sequence
+from service.engine.grammar import Grammar, GrammarCompiler, Matcher
 from service.engine.sequence import FinishReason, SamplingParams, Sequence, Update
 from service.errors import GenerationError
 from service.models.loading import load_model
@@ -42,10 +45,13 @@ class Request:
     sampling: SamplingParams
     arrives_at: int = 0
     aborted_at: int | None = None
+    matcher: Matcher | None = None
 
     def sequence(self, index: int) -> Sequence:
         method = method_of(self.method_id)
-        return build_sequence(str(index), self.prompt_ids, method, self.sampling, index)
+        sequence = build_sequence(str(index), self.prompt_ids, method, self.sampling, index)
+        sequence.matcher = None if self.matcher is None else self.matcher.fork()
+        return sequence
 
 
 def engine_of(directory, num_pages: int = NUM_PAGES, *, run_ahead: bool) -> Engine:
@@ -154,6 +160,23 @@ def test_the_random_requests_run_out_of_pages(engines):
         engine.events.num_tokens = engine.events.num_preempted = 0
         play(engine.core, requests)
         assert engine.events.num_preempted > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_grammar_holds_whoever_runs_ahead_or_gives_way(engines, seed):
+    digits = Grammar("regex", "[0-9]{4}( [0-9]{4}){1,8}", "response_format")
+    matcher = asyncio.run(GrammarCompiler(engines[0].tokenizer).matcher(digits))
+    requests = requests_of(seed)
+    for request in requests[::2]:
+        request.matcher = matcher
+        request.sampling = SamplingParams(max_tokens=60, seed=seed)
+    waited, ran_ahead = (play(engine.core, requests) for engine in engines)
+    for request, (_, expected), (_, given) in zip(requests, waited, ran_ahead, strict=True):
+        assert_alike(given, expected)
+        if request.matcher is not None:
+            assert given.finish is not None
+            assert given.finish.reason is FinishReason.STOP
+            assert re.fullmatch(digits.source, given.text)
 
 
 @pytest.mark.parametrize("method_id", IDS)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import re
 import time
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from service.engine.engine import Engine
 from service.engine.events import NoEvents
 from service.engine.generation import GenerationRequest
+from service.engine.grammar import Grammar
 from service.engine.sequence import FinishReason, SamplingParams
 from service.errors import (
     BadRequestError,
@@ -441,3 +443,52 @@ def test_high_bits_of_a_seed_count(engine):
         return run(engine, one)[0][0][0]
 
     assert tokens(7) == tokens(7) != tokens(7 + 2**32)
+
+
+def test_a_cancelled_generation_tells_its_reader_and_frees_its_pages(engine):
+    async def cancel_after(num_updates):
+        got = []
+        async with await engine.submit(request(prompt_of(40), max_tokens=3000)) as generation:
+            async for _, update in generation:
+                got.append(update)
+                if len(got) == num_updates:
+                    generation.cancel()
+                    generation.cancel()  # twice changes nothing
+        return got
+
+    before = len(engine.events.abort_reasons)
+    got = asyncio.run(cancel_after(3))
+    tokens = [token for update in got for token in update.token_ids]
+    finish = got[-1].finish
+    assert finish.reason is FinishReason.ABORT
+    assert finish.num_generated_tokens == len(tokens) >= 3
+    assert finish.statistics.phase(Phase.PREFILL).blocks_total > 0
+    ((whole, text, _),) = run(engine, request(prompt_of(40), max_tokens=len(tokens)))
+    assert whole[0] == tokens
+    assert text[0] == "".join(update.text for update in got)
+    assert engine.events.abort_reasons[before:] == ["cancelled"]
+    wait_until(lambda: engine.status().num_pages_used == 0)
+
+
+def test_a_bias_reaches_the_sampler_and_an_unknown_token_is_refused(engine):
+    ((tokens, _, _),) = run(engine, request(prompt_of(9), logit_bias=((77, 100.0),)))
+    assert tokens[0] == [77] * 8
+    with pytest.raises(BadRequestError, match="from 0 to 4095"):
+        run(engine, request(prompt_of(9), logit_bias=((4096, 1.0),)))
+
+
+def test_a_text_is_held_to_its_grammar_and_its_neighbours_are_not(engine):
+    grammar = Grammar("regex", "(yes|no), [0-9]{5}", "response_format")
+    held = request(prompt_of(30), temperature=1.0, max_tokens=40, ignore_eos=False, n=3)
+    held = dataclasses.replace(held, sampling=dataclasses.replace(held.sampling, grammar=grammar))
+    free = request(prompt_of(30), max_tokens=20)
+    (_, texts, finishes), (tokens, _, _) = run(engine, held, free)
+    assert all(re.fullmatch(grammar.source, text) for text in texts.values())
+    assert {finish.reason for finish in finishes.values()} == {FinishReason.STOP}
+    assert tokens == run(engine, free)[0][0]
+
+
+def test_an_impossible_grammar_is_refused(engine):
+    grammar = Grammar("json_schema", "false", "response_format")
+    with pytest.raises(BadRequestError, match="not usable"):
+        run(engine, request(prompt_of(5), grammar=grammar))

@@ -46,9 +46,10 @@ def random_logits(num_rows: int, seed: int, vocab_size: int = VOCAB) -> torch.Te
 
 
 def penalised(logits: list[float], seq: Sequence) -> list[float]:
-    """Penalties and minimum length, token by token."""
+    """Biases, penalties and minimum length, token by token."""
     params, result = seq.sampling, []
     for token_id, logit in enumerate(logits):
+        logit += dict(params.logit_bias).get(token_id, 0.0)
         count = seq.output_ids.count(token_id)
         if token_id in seq.prompt_ids or count:
             factor = params.repetition_penalty
@@ -109,6 +110,7 @@ samplings = st.builds(
     stop_token_ids=st.sampled_from([(), (5, 8), (5, 10**6, -1)]),
     ignore_eos=st.booleans(),
     logprobs=st.sampled_from([None, None, 0, 3]),
+    logit_bias=st.sampled_from([(), (), ((7, 2.5), (0, -100.0)), ((VOCAB - 1, 100.0),)]),
 )
 ids = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8)
 rows = st.tuples(samplings, st.integers(0, 2**32), ids, ids)
@@ -156,6 +158,23 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
     drawn = Counter(sampler(12).sample(logits.expand(num_rows, -1), sequences).result().token_ids)
     expected = (logits[0].double() / temperature).softmax(-1) * num_rows
     assert chisquare([drawn[i] for i in range(12)], expected.numpy()).pvalue > 0.001
+
+
+def test_a_bias_forces_or_forbids_a_token_and_no_report_shows_it():
+    logits = random_logits(1, 1)
+    best = int(logits.argmax())
+    reported = {}
+    for bias in ((), ((best, -100.0),), ((5, 100.0),)):
+        seq = sequence(replace(GREEDY, logit_bias=bias, logprobs=2))
+        result = sampler().sample(logits.clone(), [seq]).result()
+        report = result.logprobs[0]
+        assert report is not None
+        reported[bias] = (result.token_ids[0], report.top)
+    tokens, tops = zip(*reported.values(), strict=True)
+    assert tokens[0] == best
+    assert tokens[1] not in {best, 5}
+    assert tokens[2] == 5
+    assert len(set(tops)) == 1
 
 
 def test_a_seed_gives_the_same_tokens_again_and_another_seed_others():

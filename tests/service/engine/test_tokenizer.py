@@ -222,3 +222,20 @@ def test_a_decoder_that_looks_at_neighbouring_tokens_is_refused():
     backend.decoder = decoders.CTC("<pad>")  # drops repetitions
     with pytest.raises(ModelNotSupportedError, match="cannot be streamed"):
         Tokenizer(backend)
+
+
+def test_special_tokens_are_added_unless_they_are_written_out():
+    text = "Hello there"
+    with_special = BYTE_LEVEL.encode(text)
+    assert with_special[0] == BOS
+    assert BYTE_LEVEL.encode(text, adds_special_tokens=False) == with_special[1:]
+    assert BYTE_LEVEL.decode_all(with_special) == "<|bos|>" + text
+
+
+def test_a_token_that_is_no_text_is_spelled_in_bytes():
+    rocket = BYTE_LEVEL.encode("🚀", adds_special_tokens=False)
+    assert len(rocket) > 1
+    spelled = [BYTE_LEVEL.token_text(token_id) for token_id in rocket]
+    assert spelled[0].startswith("bytes:\\xf0")
+    assert BYTE_LEVEL.token_text(BOS) == "<|bos|>"
+    assert BYTE_LEVEL.token_text(10**6) == ""

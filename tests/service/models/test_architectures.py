@@ -9,7 +9,7 @@ import torch
 from service.engine.model_runner import ModelRunner
 from service.engine.scheduler import Chunk
 from service.engine.sequence import SamplingParams, Sequence
-from service.models.attention import NAME
+from service.models.bridge import NAME
 from service.models.discovery import discover
 from service.models.hugging_face import set_attention
 from service.models.rope import pin_rope

@@ -6,7 +6,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from service.errors import ModelNotSupportedError
-from service.models.attention import NAME
+from service.models.bridge import NAME
 from service.models.loading import (
     check_directory,
     context_limit,

@@ -1,6 +1,6 @@
 import torch
 
-from service.models.attention import NAME
+from service.models.bridge import NAME
 from service.models.discovery import discover
 from service.models.hugging_face import set_attention
 from service.models.recording import Call, random_like, record, standing_in

@@ -6,7 +6,7 @@ import torch
 from service.engine.model_runner import ModelRunner
 from service.engine.trial import packed_logits
 from service.errors import ModelNotSupportedError
-from service.models.attention import NAME
+from service.models.bridge import NAME
 from service.models.loading import load_model
 from service.models.self_test import run_self_test
 from tests.service.models import tiny

@@ -6,7 +6,7 @@ from torch import nn
 
 from service.engine.model_runner import ModelRunner
 from service.engine.trial import packed_logits
-from service.models.attention import NAME
+from service.models.bridge import NAME
 from service.models.discovery import discover
 from service.models.hugging_face import set_attention, using_attention
 from service.models.surgery import fuse_modules
