@@ -4,12 +4,12 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
 
 from service.api.holder import EngineHolder
-from service.api.schemas import MethodFields, SamplingFields
+from service.api.schemas import MethodFields, SamplingFields, SchedulingFields
 from service.engine.engine import Engine
 from service.engine.generation import Generation, GenerationRequest
 from service.errors import BadRequestError
@@ -116,6 +116,8 @@ async def submit(
     engine: Engine, chosen: ChosenMethod, body: SamplingFields, prompt: str | list[int]
 ) -> AsyncIterator[Submission]:
     """Hand a prompt to the engine; leaving the context aborts what still runs."""
+    # Only routes whose clients may set them have these fields.
+    scheduling: dict[str, Any] = body.model_dump(include=set(SchedulingFields.model_fields))
     request = GenerationRequest(
         request_id=f"gen-{secrets.token_hex(12)}",
         prompt=prompt if isinstance(prompt, str) else None,
@@ -123,6 +125,7 @@ async def submit(
         method=chosen.method,
         sampling=body.sampling(),
         n=body.n,
+        **scheduling,
     )
     async with await engine.submit(request) as generation:
         yield Submission(request.request_id, engine, chosen, generation)

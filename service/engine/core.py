@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from service.engine.deadlines import Deadlines
 from service.engine.events import EngineEvents
 from service.engine.model_runner import ModelRunner
 from service.engine.sampled import Sampled
@@ -17,8 +18,10 @@ from service.engine.sampler import Sampler
 from service.engine.scheduler import Chunk, OutOfPagesError, Scheduler
 from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
 from service.engine.stopping import OutputBuilder
-from service.errors import GenerationError, ServiceError
+from service.errors import GenerationError, QueueTimeoutError, ServiceError
 from sparse_methods.statistics import RequestStatistics
+
+_EXPIRED = "The request waited for its turn until its time was up. Retry later."
 
 
 @dataclass
@@ -55,6 +58,9 @@ class EngineCore:
 
     Args:
         runs_ahead: Whether ``step`` returns with its own tokens still to be collected.
+
+    Attributes:
+        prompt_tokens_per_s: Speed of recent steps that computed prompts; 0 before the first.
     """
 
     def __init__(
@@ -81,6 +87,8 @@ class EngineCore:
         self._collected_at = 0.0
         self._at_fault: list[Chunk] = []
         self._updates: dict[Sequence, Update] = {}
+        self._deadlines = Deadlines()
+        self.prompt_tokens_per_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -102,8 +110,14 @@ class EngineCore:
         """Pages owned by sequences."""
         return self._scheduler.num_pages_used
 
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens to compute of the sequences that wait."""
+        return self._scheduler.num_waiting_tokens
+
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in."""
+        self._deadlines.watch(sequence)
         self._live[sequence] = _Progress(self._text_output(sequence))
         self._scheduler.add(sequence)
 
@@ -116,6 +130,7 @@ class EngineCore:
     def step(self) -> dict[Sequence, Update]:
         """Run one step and return what was added to whom: by it, or running ahead, by the last."""
         self._updates, self._at_fault = {}, []
+        self._expire()
         previous, self._launched = self._launched, None
         try:
             self._launched = self._launch(may_preempt=previous is None)
@@ -126,6 +141,16 @@ class EngineCore:
             launched, self._launched = self._launched, None
             self._collect(launched)
         return self._updates
+
+    def _expire(self) -> None:
+        """End whoever's time is up: with what there is, or if it never ran, with an error."""
+        for sequence in self._deadlines.expired(self._live, time.monotonic()):
+            has_run = sequence.first_scheduled_at is not None
+            text = self._live[sequence].text.abort() if has_run else ""
+            finish = self._finish(sequence, FinishReason.ABORT, None)
+            self._events.aborted("deadline")
+            error = None if has_run else QueueTimeoutError(_EXPIRED)
+            self._updates[sequence] = Update(text, finish=finish if has_run else None, error=error)
 
     def fail_step(self, error: ServiceError) -> dict[Sequence, Update]:
         """Fail the sequences of the step that just raised; the others go on.
@@ -167,8 +192,7 @@ class EngineCore:
             logits, completed = self._runner.run(chunks)
             sampled = self._sampler.sample(logits, completed)
             self._runner.keep_tokens(completed, sampled.token_ids)
-            for chunk in chunks:
-                chunk.sequence.num_computed_tokens = chunk.stop
+            self._scheduler.advance(chunks)
             for sequence in completed:
                 sequence.num_pending_tokens += 1
         return _Launched(chunks, completed, sampled, self._runner.num_runs, launched_at)
@@ -196,7 +220,11 @@ class EngineCore:
             seconds = now - max(step.launched_at, self._collected_at)  # no second counts twice
             self._collected_at = now
             num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
-            self._events.step(_phase(step.chunks), seconds, num_tokens)
+            phase = _phase(step.chunks)
+            if phase != "decode" and seconds > 0:
+                before = self.prompt_tokens_per_s or num_tokens / seconds
+                self.prompt_tokens_per_s = 0.9 * before + 0.1 * num_tokens / seconds
+            self._events.step(phase, seconds, num_tokens)
 
     @contextmanager
     def _answering_for(self, chunks: list[Chunk]) -> Iterator[None]:
@@ -230,7 +258,7 @@ class EngineCore:
             statistics=self._statistics(sequence, reason),
             timing=_timing(sequence),
             num_prompt_tokens=sequence.num_prompt_tokens,
-            num_cached_tokens=0,
+            num_cached_tokens=sequence.num_cached_tokens,
             num_generated_tokens=len(sequence.output_ids),
         )
         self.discard(sequence)
@@ -244,6 +272,7 @@ class EngineCore:
         return self._runner.statistics(sequence, self._num_collected_runs)
 
     def _fail(self, sequence: Sequence, error: ServiceError) -> Update:
+        self._scheduler.distrust([sequence])
         self._finish(sequence, FinishReason.ERROR, None)
         return Update(error=error)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from service.engine.generation import Generation, GenerationRequest, build_seque
 from service.engine.kv_cache import PageAllocator
 from service.engine.loop import Address, EngineLoop, Outbox
 from service.engine.model_runner import ModelRunner
+from service.engine.prefix import PrefixKeys
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Limits, Scheduler
 from service.engine.sequence import Sequence
@@ -33,6 +35,8 @@ from service.models.loading import LoadedModel, load_model
 from service.models.self_test import SelfTestReport, run_self_test
 from service.settings import Settings
 from sparse_methods import SparseAttentionMethod, get_sparse_method, latest_version
+
+_LONGEST_RETRY_S = 120  # clients of OpenAI's kind ignore what is longer
 
 
 @dataclass(frozen=True)
@@ -148,12 +152,19 @@ class Engine:
         """
         request = dataclasses.replace(request, method=self.calibrated(request.method))
         request.method.check_servable(self.settings.block_size)
-        self._check_admission(request.n)  # before the work of encoding, and again after it
+        self._check_admission(request.n, 0)  # before the work of encoding, and again after it
         prompt_ids = await self._encode(request)
         self._check_prompt(prompt_ids)
-        self._check_admission(request.n)
+        self._check_admission(request.n, request.n * len(prompt_ids))
         outbox, event_loop = Outbox(), asyncio.get_running_loop()
+        prefix = self._prefix(request, prompt_ids)
         sequences = [self._sequence(request, prompt_ids, index) for index in range(request.n)]
+        queue_s, request_s = self.settings.max_queue_s, self.settings.max_request_s
+        for sequence in sequences:
+            sequence.prefix, sequence.priority = prefix, request.priority
+            sequence.queue_deadline = sequence.arrived_at + (queue_s or math.inf)
+            longest_s = min(request.timeout_s or math.inf, request_s or math.inf)
+            sequence.deadline = sequence.arrived_at + longest_s
         for index, sequence in enumerate(sequences):
             self._loop.add(sequence, Address(event_loop, outbox, index))
         return Generation(self._loop, sequences, outbox)
@@ -203,6 +214,7 @@ class Engine:
             max_step_tokens=settings.max_step_tokens,
             max_running=settings.max_running_requests,
             block_size=settings.block_size,
+            max_prefill_tokens=max(settings.block_size, settings.max_prefill_tokens),
         )
         return EngineCore(
             runner=runner,
@@ -217,7 +229,7 @@ class Engine:
             else settings.run_ahead,
         )
 
-    def _check_admission(self, num_choices: int) -> None:
+    def _check_admission(self, num_choices: int, num_tokens: int) -> None:
         status = self.status()
         if status.reason:
             raise UnavailableError(f"No new work is accepted: {status.reason}.")
@@ -225,8 +237,24 @@ class Engine:
         if self._loop.num_unfinished + num_choices > num_allowed:
             raise QueueFullError(
                 f"{self._loop.num_unfinished} generations run or wait already; this server holds"
-                f" {num_allowed} at most. Retry later."
+                f" {num_allowed} at most. Retry later.",
+                self._retry_after_s(),
             )
+        num_waiting = self._loop.num_waiting_tokens
+        allowed = self.settings.max_waiting_tokens
+        allowed = 4 * self._num_pages * self.settings.block_size if allowed is None else allowed
+        if num_waiting > 0 and num_waiting + num_tokens > allowed:  # an empty queue takes anything
+            raise QueueFullError(
+                f"{num_waiting} tokens of prompts wait already; {num_tokens} more are too many for"
+                f" this server's queue, which holds {allowed}. Retry later.",
+                self._retry_after_s(),
+            )
+
+    def _retry_after_s(self) -> int:
+        """Seconds that the queue takes at the speed of recent steps, within reason."""
+        speed = self.core.prompt_tokens_per_s
+        seconds = self._loop.num_waiting_tokens / speed if speed else 0.0
+        return max(1, min(math.ceil(seconds), _LONGEST_RETRY_S))
 
     async def _encode(self, request: GenerationRequest) -> list[int]:
         if request.prompt_ids is not None:
@@ -258,6 +286,17 @@ class Engine:
                 f" {self.max_context_tokens} and must leave room for at least one new token.",
                 "prompt",
             )
+
+    def _prefix(self, request: GenerationRequest, prompt_ids: list[int]) -> PrefixKeys | None:
+        if not self.settings.prefix_caching:
+            return None
+        return PrefixKeys(
+            prompt_ids,
+            self.settings.block_size,
+            request.method,
+            request.cache_salt,
+            may_reuse=request.reuses_prefix,
+        )
 
     def _sequence(self, request: GenerationRequest, prompt_ids: list[int], index: int) -> Sequence:
         room = self.max_context_tokens - len(prompt_ids)

@@ -16,7 +16,15 @@ from sparse_methods import SparseAttentionMethod
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A validated request: exactly one of ``prompt`` and ``prompt_ids`` is given."""
+    """A validated request: exactly one of ``prompt`` and ``prompt_ids`` is given.
+
+    Attributes:
+        priority: Lower values are served earlier.
+        cache_salt: Only requests of the same salt share computed pages of prompts.
+        reuses_prefix: Whether computed pages may be taken over. Whoever wants to see something of
+            every row of the prompt cannot have that.
+        timeout_s: Seconds after which it ends with what there is; the server's own limits hold too.
+    """
 
     request_id: str
     method: SparseAttentionMethod
@@ -24,6 +32,10 @@ class GenerationRequest:
     prompt: str | None = None
     prompt_ids: list[int] | None = None
     n: int = 1
+    priority: int = 0
+    cache_salt: str | None = None
+    reuses_prefix: bool = True
+    timeout_s: float | None = None
 
 
 class Generation:

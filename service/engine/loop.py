@@ -61,6 +61,7 @@ class EngineLoop:
         self._core = core
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._addresses: dict[Sequence, Address] = {}
+        self._entering: dict[Sequence, int] = {}  # tokens of those in the inbox
         self._admission = threading.Lock()  # between a last submission and the end of the thread
         self._is_closed = False
         self._stopping = threading.Event()
@@ -76,6 +77,11 @@ class EngineLoop:
     def num_unfinished(self) -> int:
         """Generations submitted that have not ended."""
         return len(self._addresses)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens to compute of the generations that wait, those in the inbox included."""
+        return self._core.num_waiting_tokens + sum(list(self._entering.values()))
 
     def start(self) -> None:
         """Start the thread."""
@@ -106,7 +112,8 @@ class EngineLoop:
             if self._is_closed:
                 raise UnavailableError("The engine has stopped.")
             self._addresses[sequence] = address
-            self._inbox.put(lambda: self._guard(sequence, lambda: self._core.add(sequence)))
+            self._entering[sequence] = sequence.num_tokens
+            self._inbox.put(lambda: self._take_in(sequence))
 
     def abort(self, sequence: Sequence, reason: str) -> None:
         """End a sequence early and free its pages; one that has ended is left alone."""
@@ -116,6 +123,10 @@ class EngineLoop:
                 self._guard(sequence, lambda: self._core.abort(sequence, reason))
 
         self._inbox.put(command)
+
+    def _take_in(self, sequence: Sequence) -> None:
+        del self._entering[sequence]
+        self._guard(sequence, lambda: self._core.add(sequence))
 
     def _guard(self, sequence: Sequence, command: Callable[[], None]) -> None:
         """Run a command about one sequence; if it fails, only that sequence does."""

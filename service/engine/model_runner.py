@@ -80,7 +80,7 @@ class ModelRunner:
     def run(self, chunks: Items[Chunk]) -> tuple[torch.Tensor, list[Sequence]]:
         """Compute the chunks; return [S, V] logits of the S sequences that get a next token."""
         for chunk in chunks:
-            if chunk.start == 0:
+            if chunk.is_first:
                 self._reset_statistics(chunk.sequence)
         self.num_runs += 1
         if self._before_run is not None:

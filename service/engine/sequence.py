@@ -1,11 +1,14 @@
 """One generation inside the engine, and the values that cross its border."""
 
+import math
+import sys
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
 
+from service.engine.prefix import PrefixKeys
 from service.errors import ServiceError
 from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.statistics import RequestStatistics
@@ -133,6 +136,13 @@ class Sequence:
             knows them yet.
         pages: Physical pages of the KV cache it owns, in logical order.
         slot: Row of the statistics buffer it owns while it runs; None while it waits.
+        prefix: Keys of its prompt's pages; None if they are neither looked for nor found by others.
+        num_cached_tokens: Leading tokens of the prompt that it took over instead of computing them.
+        most_cached_tokens: How many it may take over. Starting over, it takes no more than when it
+            first started: rows that it computed itself must count in its statistics.
+        priority: Lower values are served earlier.
+        queue_deadline: Until when it must have been scheduled, by the monotonic clock.
+        deadline: Until when it must have ended.
     """
 
     request_id: str
@@ -146,6 +156,12 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
     num_preemptions: int = 0
+    prefix: PrefixKeys | None = None
+    num_cached_tokens: int = 0
+    most_cached_tokens: int = sys.maxsize
+    priority: int = 0
+    queue_deadline: float = math.inf
+    deadline: float = math.inf
     arrived_at: float = field(default_factory=time.monotonic)
     first_scheduled_at: float | None = None
     first_token_at: float | None = None
@@ -169,6 +185,11 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose keys and values are still missing; 1 while decoding."""
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Tokens that it computed itself since it (last) started."""
+        return self.num_computed_tokens - self.num_cached_tokens
 
     @property
     def awaits_last_token(self) -> bool:
