@@ -16,7 +16,7 @@ from service.engine.model_runner import ModelRunner
 from service.engine.sampled import Sampled
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Chunk, OutOfPagesError, Scheduler
-from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
+from service.engine.sequence import Finish, FinishReason, Sequence, TokenLogprob, Update
 from service.engine.stopping import OutputBuilder
 from service.errors import GenerationError, QueueTimeoutError, ServiceError
 from sparse_methods.statistics import RequestStatistics
@@ -256,7 +256,7 @@ class EngineCore:
             reason=reason,
             stop_reason=stop_reason,
             statistics=self._statistics(sequence, reason),
-            timing=_timing(sequence),
+            timing=sequence.timing(),
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached_tokens,
             num_generated_tokens=len(sequence.output_ids),
@@ -287,17 +287,3 @@ def _phase(chunks: list[Chunk]) -> str:
     if all(is_decode):
         return "decode"
     return "mixed" if any(is_decode) else "prefill"
-
-
-def _timing(sequence: Sequence) -> Timing:
-    """Durations up to now; phases that were never reached took no time."""
-    now = time.monotonic()
-    scheduled = sequence.first_scheduled_at or now
-    first_token = sequence.first_token_at or now
-    return Timing(
-        queue_s=scheduled - sequence.arrived_at,
-        prefill_s=first_token - scheduled,
-        time_to_first_token_s=first_token - sequence.arrived_at,
-        decode_s=now - first_token,
-        total_s=now - sequence.arrived_at,
-    )

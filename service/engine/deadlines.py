@@ -1,7 +1,7 @@
 """Until when sequences must have started, and until when they must have ended."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterable
 
 from service.engine.sequence import Sequence
 
@@ -16,16 +16,16 @@ class Deadlines:
         """Mind the deadlines of a sequence that has not started."""
         self._next = min(self._next, _due(sequence))
 
-    def expired(self, live: Collection[Sequence], now: float) -> list[Sequence]:
+    def expired(self, live: Iterable[Sequence], now: float) -> list[Sequence]:
         """Those of ``live``, which holds all that are watched and have not ended, that are due.
 
         ``now`` is of the monotonic clock.
         """
         if now < self._next:
             return []
-        expired = [sequence for sequence in live if _due(sequence) <= now]
-        self._next = min((due for due in map(_due, live) if due > now), default=math.inf)
-        return expired
+        dues = [(sequence, _due(sequence)) for sequence in live]
+        self._next = min((due for _, due in dues if due > now), default=math.inf)
+        return [sequence for sequence, due in dues if due <= now]
 
 
 def _due(sequence: Sequence) -> float:

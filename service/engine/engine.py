@@ -2,23 +2,21 @@
 
 import asyncio
 import dataclasses
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from service.engine.admission import Admission
 from service.engine.core import EngineCore
 from service.engine.events import EngineEvents
-from service.engine.generation import Generation, GenerationRequest, build_sequence
+from service.engine.generation import Generation, GenerationRequest, build_sequences
 from service.engine.kv_cache import PageAllocator
 from service.engine.loop import Address, EngineLoop, Outbox
 from service.engine.model_runner import ModelRunner
-from service.engine.prefix import PrefixKeys
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Limits, Scheduler
-from service.engine.sequence import Sequence
 from service.engine.sizing import num_pages
 from service.engine.stopping import OutputBuilder
 from service.engine.tokenizer import Tokenizer
@@ -26,7 +24,6 @@ from service.engine.trial import packed_logits
 from service.errors import (
     BadRequestError,
     PromptTooLongError,
-    QueueFullError,
     UnavailableError,
 )
 from service.models.calibration_file import load_calibrations
@@ -35,8 +32,6 @@ from service.models.loading import LoadedModel, load_model
 from service.models.self_test import SelfTestReport, run_self_test
 from service.settings import Settings
 from sparse_methods import SparseAttentionMethod, get_sparse_method, latest_version
-
-_LONGEST_RETRY_S = 120  # clients of OpenAI's kind ignore what is longer
 
 
 @dataclass(frozen=True)
@@ -91,6 +86,7 @@ class Engine:
         self.runner = runner
         self.core = self._build_core(runner)
         self._loop = EngineLoop(self.core)
+        self._admission = Admission(settings, capacity, self.core, self._loop)
         self._is_draining = False
         self.self_test: SelfTestReport | None = None
 
@@ -157,14 +153,8 @@ class Engine:
         self._check_prompt(prompt_ids)
         self._check_admission(request.n, request.n * len(prompt_ids))
         outbox, event_loop = Outbox(), asyncio.get_running_loop()
-        prefix = self._prefix(request, prompt_ids)
-        sequences = [self._sequence(request, prompt_ids, index) for index in range(request.n)]
-        queue_s, request_s = self.settings.max_queue_s, self.settings.max_request_s
-        for sequence in sequences:
-            sequence.prefix, sequence.priority = prefix, request.priority
-            sequence.queue_deadline = sequence.arrived_at + (queue_s or math.inf)
-            longest_s = min(request.timeout_s or math.inf, request_s or math.inf)
-            sequence.deadline = sequence.arrived_at + longest_s
+        room = self.max_context_tokens - len(prompt_ids)
+        sequences = build_sequences(request, prompt_ids, room, self.settings)
         for index, sequence in enumerate(sequences):
             self._loop.add(sequence, Address(event_loop, outbox, index))
         return Generation(self._loop, sequences, outbox)
@@ -233,28 +223,7 @@ class Engine:
         status = self.status()
         if status.reason:
             raise UnavailableError(f"No new work is accepted: {status.reason}.")
-        num_allowed = self.settings.max_waiting_requests + self.settings.max_running_requests
-        if self._loop.num_unfinished + num_choices > num_allowed:
-            raise QueueFullError(
-                f"{self._loop.num_unfinished} generations run or wait already; this server holds"
-                f" {num_allowed} at most. Retry later.",
-                self._retry_after_s(),
-            )
-        num_waiting = self._loop.num_waiting_tokens
-        allowed = self.settings.max_waiting_tokens
-        allowed = 4 * self._num_pages * self.settings.block_size if allowed is None else allowed
-        if num_waiting > 0 and num_waiting + num_tokens > allowed:  # an empty queue takes anything
-            raise QueueFullError(
-                f"{num_waiting} tokens of prompts wait already; {num_tokens} more are too many for"
-                f" this server's queue, which holds {allowed}. Retry later.",
-                self._retry_after_s(),
-            )
-
-    def _retry_after_s(self) -> int:
-        """Seconds that the queue takes at the speed of recent steps, within reason."""
-        speed = self.core.prompt_tokens_per_s
-        seconds = self._loop.num_waiting_tokens / speed if speed else 0.0
-        return max(1, min(math.ceil(seconds), _LONGEST_RETRY_S))
+        self._admission.check(num_choices, num_tokens)
 
     async def _encode(self, request: GenerationRequest) -> list[int]:
         if request.prompt_ids is not None:
@@ -286,21 +255,3 @@ class Engine:
                 f" {self.max_context_tokens} and must leave room for at least one new token.",
                 "prompt",
             )
-
-    def _prefix(self, request: GenerationRequest, prompt_ids: list[int]) -> PrefixKeys | None:
-        if not self.settings.prefix_caching:
-            return None
-        return PrefixKeys(
-            prompt_ids,
-            self.settings.block_size,
-            request.method,
-            request.cache_salt,
-            may_reuse=request.reuses_prefix,
-        )
-
-    def _sequence(self, request: GenerationRequest, prompt_ids: list[int], index: int) -> Sequence:
-        room = self.max_context_tokens - len(prompt_ids)
-        max_tokens = min(request.sampling.max_tokens, room)
-        sampling = dataclasses.replace(request.sampling, max_tokens=max_tokens)
-        request_id = f"{request.request_id}-{index}" if request.n > 1 else request.request_id
-        return build_sequence(request_id, prompt_ids, request.method, sampling, index)

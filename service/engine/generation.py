@@ -1,16 +1,19 @@
 """One request at the engine's door: what is asked for, and the choices that come back."""
 
 import hashlib
+import math
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from service.engine.loop import EngineLoop, Outbox
+from service.engine.prefix import PrefixKeys
 from service.engine.sequence import SamplingParams, Sequence, Update
+from service.settings import Settings
 from sparse_methods import SparseAttentionMethod
 
 
@@ -78,6 +81,39 @@ class Generation:
             yield index, update
             if not self._unfinished:
                 return
+
+
+def build_sequences(
+    request: GenerationRequest, prompt_ids: list[int], room: int, settings: Settings
+) -> list[Sequence]:
+    """Make the sequences of a request, one per choice.
+
+    Args:
+        request: What is asked for.
+        prompt_ids: Its encoded prompt, of which the choices share the keys.
+        room: Tokens that the context leaves for the output.
+        settings: The server's.
+    """
+    prefix = None
+    if settings.prefix_caching:
+        prefix = PrefixKeys(
+            prompt_ids,
+            settings.block_size,
+            request.method,
+            request.cache_salt,
+            may_reuse=request.reuses_prefix,
+        )
+    longest_s = min(request.timeout_s or math.inf, settings.max_request_s or math.inf)
+    sampling = replace(request.sampling, max_tokens=min(request.sampling.max_tokens, room))
+    sequences = []
+    for index in range(request.n):
+        request_id = f"{request.request_id}-{index}" if request.n > 1 else request.request_id
+        sequence = build_sequence(request_id, prompt_ids, request.method, sampling, index)
+        sequence.prefix, sequence.priority = prefix, request.priority
+        sequence.queue_deadline = sequence.arrived_at + (settings.max_queue_s or math.inf)
+        sequence.deadline = sequence.arrived_at + longest_s
+        sequences.append(sequence)
+    return sequences
 
 
 def build_sequence(

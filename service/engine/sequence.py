@@ -217,3 +217,16 @@ class Sequence:
         tail = self.output_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)]
         num_pending = stop - start - len(head) - len(tail)
         return head + tail + [self.token(stop - 1)] * num_pending
+
+    def timing(self) -> Timing:
+        """Durations up to now; phases that were never reached took no time."""
+        now = time.monotonic()
+        scheduled = self.first_scheduled_at or now
+        first_token = self.first_token_at or now
+        return Timing(
+            queue_s=scheduled - self.arrived_at,
+            prefill_s=first_token - scheduled,
+            time_to_first_token_s=first_token - self.arrived_at,
+            decode_s=now - first_token,
+            total_s=now - self.arrived_at,
+        )

@@ -228,3 +228,56 @@ def test_termination_while_the_model_loads_ends_cleanly(start_server):
             time.sleep(0.02)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 0
+
+
+def test_the_beginning_of_a_prompt_is_computed_once_and_changes_nothing(server, planted):
+    before = server.metric("cached_prompt_tokens_total")
+    salt = {"cache_salt": "test of reuse", "max_tokens": planted["max_tokens"]}
+    cut = planted["prompt"].rindex("\n")  # the question, which differs
+    first, again = (server.generate(planted["prompt"], **salt) for _ in range(2))
+    other = server.generate(planted["prompt"][:cut] + "\nAnd then", **salt)
+    cached = [
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for answer in (first, again, other)
+    ]
+    num_prompt = first["usage"]["prompt_tokens"]
+    assert cached[0] == 0
+    assert cached[1] == (num_prompt - 1) // 128 * 128
+    assert num_prompt - 256 < cached[2] < num_prompt
+    assert again["choices"] == first["choices"]
+    assert again["sparsity"]["decode"] == first["sparsity"]["decode"]
+    assert again["sparsity"]["prefill"]["blocks_total"] < (
+        0.05 * first["sparsity"]["prefill"]["blocks_total"]
+    )
+    assert again["timing"]["prefill_s"] < first["timing"]["prefill_s"]
+    alone = server.generate(planted["prompt"][:cut] + "\nAnd then", max_tokens=salt["max_tokens"])
+    assert alone["choices"] == other["choices"]
+    assert server.metric("cached_prompt_tokens_total") == before + sum(cached)
+    streaming = server.generate(planted["prompt"], method="streaming", **salt)
+    assert streaming["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_a_request_that_takes_too_long_ends_with_what_it_has(server):
+    before = server.metric("aborted_requests_total", reason="deadline")
+    answer = server.generate("Once upon a time", max_tokens=10_000, ignore_eos=True, timeout_s=1)
+    assert answer["choices"][0]["finish_reason"] == "abort"
+    assert 0 < answer["usage"]["completion_tokens"] < 10_000
+    assert len(answer["choices"][0]["token_ids"]) == answer["usage"]["completion_tokens"]
+    assert server.metric("aborted_requests_total", reason="deadline") == before + 1
+    server.wait_metric("kv_cache_pages_used", 0)
+
+
+def test_a_request_whose_turn_does_not_come_is_told_to_come_back(start_server):
+    server = start_server("--max-running-requests", "1", "--max-queue-s", "0.5").wait_ready()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        long = pool.submit(
+            server.generate, "Once upon a time", max_tokens=10_000, ignore_eos=True, timeout_s=5
+        )
+        server.wait_metric("running_requests", 1)
+        refused = server.client.post("/generate", json={"prompt": "Once"})
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "Retry later" in refused.json()["error"]["message"]
+        assert long.result()["choices"][0]["finish_reason"] == "abort"
+    server.wait_metric("aborted_requests_total", 2, reason="deadline")
+    server.wait_metric("kv_cache_pages_used", 0)

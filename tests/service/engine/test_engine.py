@@ -18,6 +18,7 @@ from service.errors import (
     ModelNotSupportedError,
     PromptTooLongError,
     QueueFullError,
+    QueueTimeoutError,
     UnavailableError,
 )
 from service.settings import Settings
@@ -448,3 +449,94 @@ def test_high_bits_of_a_seed_count(engine):
         return run(engine, one)[0][0][0]
 
     assert tokens(7) == tokens(7) != tokens(7 + 2**32)
+
+
+def test_a_prompt_of_an_earlier_request_is_reused_and_told(tiny_model_dir):
+    one = request(prompt_of(300), max_tokens=4)
+    with running(tiny_model_dir, prefix_caching=True) as caching:
+        results = [run(caching, one)[0]]
+        results.append(run(caching, one)[0])
+        results.append(run(caching, dataclasses.replace(one, cache_salt="mine"))[0])
+        results.append(run(caching, dataclasses.replace(one, reuses_prefix=False))[0])
+        wait_until(lambda: caching.status().num_pages_used == 0)
+    assert [finish[0].num_cached_tokens for _, _, finish in results] == [0, 256, 0, 0]
+    assert all(tokens == results[0][0] for tokens, _, _ in results)
+
+
+def test_choices_of_one_request_compute_its_prompt_once(tiny_model_dir):
+    one = request(prompt_of(300), n=3, temperature=2.0, seed=11)
+    with running(tiny_model_dir) as plain:
+        expected, _, _ = run(plain, one)[0]
+    with running(tiny_model_dir, prefix_caching=True) as caching:
+        tokens, _, finish = run(caching, one)[0]
+    assert tokens == expected
+    assert sorted(f.num_cached_tokens for f in finish.values()) == [0, 256, 256]
+
+
+def test_a_queue_of_too_many_tokens_refuses_and_says_when_to_come_back(tiny_model_dir):
+    with running(tiny_model_dir, max_running_requests=1, max_waiting_tokens=500) as small:
+
+        async def flood():
+            long = request(prompt_of(400), max_tokens=300)
+            async with await small.submit(long) as first:
+                async for _ in first:
+                    break  # it runs, so the queue is empty
+                async with await small.submit(request(prompt_of(600))):  # nobody else waits
+                    with pytest.raises(QueueFullError, match="tokens of prompts wait") as caught:
+                        await small.submit(long)
+                    assert 1 <= (caught.value.retry_after_s or 0) <= 120
+
+        asyncio.run(flood())
+        wait_until(lambda: small._loop.num_waiting_tokens == 0)
+
+
+def test_a_request_whose_turn_does_not_come_gets_an_error_that_says_so(tiny_model_dir):
+    with running(tiny_model_dir, max_running_requests=1, max_queue_s=0.2) as small:
+
+        async def wait_in_vain():
+            async with await small.submit(request(prompt_of(10), max_tokens=3000)) as first:
+                async for _ in first:
+                    break
+                with pytest.raises(QueueTimeoutError, match="Retry later"):
+                    await collect(small, request(prompt_of(10)))
+
+        asyncio.run(wait_in_vain())
+        wait_until(lambda: small.status().num_pages_used == 0)
+        assert small.events.abort_reasons == ["deadline", "client"]
+
+
+@pytest.mark.parametrize("limits", [({}, 0.3), ({"max_request_s": 0.3}, None)])
+def test_a_generation_that_takes_too_long_ends_with_what_it_has(tiny_model_dir, limits):
+    settings, timeout_s = limits
+    with running(tiny_model_dir, **settings) as one:
+        slow = request(prompt_of(10), max_tokens=3500)
+        tokens, _, finish = run(one, dataclasses.replace(slow, timeout_s=timeout_s))[0]
+        assert finish[0].reason is FinishReason.ABORT
+        assert 0 < len(tokens[0]) < 3500
+        assert finish[0].timing.total_s >= 0.3
+        wait_until(lambda: one.status().num_pages_used == 0)
+
+
+def test_the_urgent_request_runs_before_those_that_came_earlier(tiny_model_dir):
+    with running(tiny_model_dir, max_running_requests=1) as small:
+        ended = []
+
+        async def follow(name, one):
+            await collect(small, one)
+            ended.append(name)
+
+        async def compete():
+            busy = request(prompt_of(10), max_tokens=400)
+            async with await small.submit(busy) as first:
+                jobs = [
+                    follow(name, dataclasses.replace(request(prompt_of(9)), priority=priority))
+                    for name, priority in (("plain", 0), ("late", 5), ("urgent", -3))
+                ]
+                waiting = [asyncio.ensure_future(job) for job in jobs]
+                await asyncio.to_thread(wait_until, lambda: small.status().num_waiting == 3)
+                async for _ in first:
+                    pass
+                await asyncio.gather(*waiting)
+
+        asyncio.run(compete())
+        assert ended == ["urgent", "plain", "late"]
