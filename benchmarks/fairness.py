@@ -1,7 +1,8 @@
 """What a long prompt does to those who decode beside it: time between their tokens, and its own.
 
-Some sequences decode alone, then again while one long prompt is computed, and once more under a
-step without a bound on prompt tokens. All of it through the engine's own steps, in one process.
+Some sequences decode alone, then beside one long prompt that is computed: with several bounds on
+the seconds that prompts may take of a step, the last of which bounds nothing. All of it goes
+through the engine's own steps, in one process.
 """
 
 import time
@@ -48,18 +49,18 @@ class Gaps:
 def main(
     long_prompt_tokens: int = 15000,
     decoding: int = 8,
-    bounds: str = "128,512,2048",
+    bounds: str = "0.01,0.05,0.2,1000",
     method: str = "dense",
     threads: int = 1,
     *,
     write: bool = True,
 ) -> None:
-    """Measure with each bound on the tokens of prompts beside decoding sequences."""
+    """Measure with each bound on the seconds of prompts beside decoding sequences."""
     torch.set_num_threads(threads)
     loaded = load_model(None, "auto", "auto")
     results = {}
-    for bound in map(int, bounds.split(",")):
-        results[f"max_prefill_tokens {bound}"] = _measure(
+    for bound in map(float, bounds.split(",")):
+        results[f"max_prefill_s {bound:g}"] = _measure(
             loaded, bound, long_prompt_tokens, decoding, method
         )
     for name, result in results.items():
@@ -72,10 +73,10 @@ def main(
 
 
 def _measure(
-    loaded: LoadedModel, bound: int, num_tokens: int, num_decoding: int, method: str
+    loaded: LoadedModel, bound: float, num_tokens: int, num_decoding: int, method: str
 ) -> dict[str, float]:
     settings = Settings(
-        method="dense", max_prefill_tokens=bound, max_step_tokens=2048, prefix_caching=False
+        method="dense", max_prefill_s=bound, max_step_tokens=2048, prefix_caching=False
     )
     engine = Engine(settings, loaded, NoEvents())
     text = (default_model_directory() / "calibration_text.txt").read_text()

@@ -41,11 +41,11 @@ class Settings(BaseSettings):
         128, ge=8, le=256, multiple_of=8, description="Tokens of a KV page and of a sparsity block."
     )
     max_step_tokens: int = Field(2048, ge=256, le=131072, description="Tokens of one engine step.")
-    max_prefill_tokens: int = Field(
-        512,
-        ge=8,
-        le=131072,
-        description="Tokens of prompts in a step in which somebody decodes; a block at least.",
+    max_prefill_s: float = Field(
+        0.05,
+        gt=0,
+        description="Seconds that prompts may take, block by block, in a step in which somebody"
+        " decodes: what a long prompt may add to the time between two tokens.",
     )
     prefix_caching: bool = Field(
         default=True,

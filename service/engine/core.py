@@ -58,9 +58,6 @@ class EngineCore:
 
     Args:
         runs_ahead: Whether ``step`` returns with its own tokens still to be collected.
-
-    Attributes:
-        prompt_tokens_per_s: Speed of recent steps that computed prompts; 0 before the first.
     """
 
     def __init__(
@@ -88,7 +85,6 @@ class EngineCore:
         self._at_fault: list[Chunk] = []
         self._updates: dict[Sequence, Update] = {}
         self._deadlines = Deadlines()
-        self.prompt_tokens_per_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -114,6 +110,11 @@ class EngineCore:
     def num_waiting_tokens(self) -> int:
         """Tokens to compute of the sequences that wait."""
         return self._scheduler.num_waiting_tokens
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Pace of recent steps that computed prompts; 0 before the first."""
+        return self._scheduler.prompt_tokens_per_s
 
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in."""
@@ -221,9 +222,8 @@ class EngineCore:
             self._collected_at = now
             num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
             phase = _phase(step.chunks)
-            if phase != "decode" and seconds > 0:
-                before = self.prompt_tokens_per_s or num_tokens / seconds
-                self.prompt_tokens_per_s = 0.9 * before + 0.1 * num_tokens / seconds
+            if phase != "decode":
+                self._scheduler.note_pace(num_tokens, seconds)
             self._events.step(phase, seconds, num_tokens)
 
     @contextmanager

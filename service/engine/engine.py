@@ -204,7 +204,7 @@ class Engine:
             max_step_tokens=settings.max_step_tokens,
             max_running=settings.max_running_requests,
             block_size=settings.block_size,
-            max_prefill_tokens=max(settings.block_size, settings.max_prefill_tokens),
+            max_prefill_s=settings.max_prefill_s,
         )
         return EngineCore(
             runner=runner,

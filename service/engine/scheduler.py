@@ -1,9 +1,10 @@
 """Who runs next, and how many tokens of each.
 
-A step takes one token of everybody who decodes, then as many of prompts as the budget allows: less
-of them while somebody decodes, so that no prompt, however long, holds up those who wait for their
-next token. Among prompts the one with the fewest tokens left goes first, so that a short one does
-not wait for a long one; but half of the prompts' share is the oldest one's, so that none starves.
+A step takes one token of everybody who decodes, then as many of prompts as the budget allows. While
+somebody decodes, that is as many as fit, at the pace of recent steps, into the time that others may
+be held up for; a block at least, so that prompts get on. Among prompts the one with the fewest
+tokens left goes first, so that a short one does not wait for a long one; but half of the prompts'
+share is the oldest one's, so that none starves.
 
 Whoever waits is admitted by priority, then by arrival, and only if there are pages for all its
 tokens and a page of output beside what those who run will need. Nobody overtakes in the queue, so a
@@ -11,6 +12,7 @@ long prompt at its head does get its pages. When pages run out nonetheless, the 
 lowest priority gives way.
 """
 
+import math
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -51,13 +53,13 @@ class Limits:
         max_step_tokens: Token budget of a step.
         max_running: Sequences that run at once.
         block_size: Prefill chunks end on multiples of it, except at the prompt's end.
-        max_prefill_tokens: Most tokens of prompts in a step in which somebody decodes.
+        max_prefill_s: Seconds that prompts may take in a step in which somebody decodes.
     """
 
     max_step_tokens: int
     max_running: int
     block_size: int
-    max_prefill_tokens: int = 2**31
+    max_prefill_s: float = math.inf
 
 
 class OutOfPagesError(Exception):
@@ -72,6 +74,7 @@ class Scheduler:
         running: Whoever has a place; what it needs of pages comes with its chunks.
         preempted: Whoever gave way when the last step was scheduled.
         num_waiting_tokens: Tokens to compute of those who wait.
+        prompt_tokens_per_s: Pace of recent steps that computed prompts; 0 before the first.
     """
 
     def __init__(self, limits: Limits, pages: PageAllocator) -> None:
@@ -82,6 +85,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self.num_waiting_tokens = 0
+        self.prompt_tokens_per_s = 0.0
 
     @property
     def num_pages_used(self) -> int:
@@ -114,6 +118,13 @@ class Scheduler:
             if chunk.start < chunk.sequence.num_prompt_tokens:
                 self._pages.publish(chunk.sequence, chunk.start, chunk.stop)
 
+    def note_pace(self, num_tokens: int, seconds: float) -> None:
+        """Take note of how long a step took that computed prompts."""
+        pace = num_tokens / max(seconds, 1e-6)
+        # A mean of paces, not of times: one slow step, such as one that compiles, counts little.
+        before = self.prompt_tokens_per_s or pace
+        self.prompt_tokens_per_s = before + 0.3 * (pace - before)
+
     def distrust(self, sequences: Iterable[Sequence]) -> None:
         """Reuse nothing of the pages of sequences that failed."""
         for sequence in sequences:
@@ -136,12 +147,19 @@ class Scheduler:
         for sequence in decoding:
             self._continue(sequence, step, step.budget)
         if step.chunks:
-            step.budget = min(step.budget, self._limits.max_prefill_tokens)
+            step.budget = min(step.budget, self._prefill_budget())
         if not self.preempted:
             self._admit()
         served = set(decoding)
         self._prefill([s for s in self.running if s not in served], step)
         return step.chunks
+
+    def _prefill_budget(self) -> int:
+        """Tokens of prompts that fit into a step beside those who decode."""
+        limits, pace = self._limits, self.prompt_tokens_per_s
+        if limits.max_prefill_s == math.inf or not pace:
+            return limits.max_step_tokens
+        return max(limits.block_size, int(limits.max_prefill_s * pace))
 
     def _prefill(self, sequences: list[Sequence], step: "_Step") -> None:
         """Share what is left of the budget among those who have a prompt to compute."""

@@ -1,5 +1,6 @@
 """Who runs next: budgets, block boundaries, preemption, and that no page is ever lost."""
 
+import math
 import random
 
 import pytest
@@ -137,10 +138,12 @@ def test_random_traffic_keeps_every_limit_and_loses_no_page(seed):
     assert pages.num_used == 0
 
 
-def limited(max_prefill_tokens, **settings):
-    pages = PageAllocator(settings.pop("num_pages", 100), BLOCK)
-    limits = Limits(settings.pop("max_step_tokens", 64), 8, BLOCK, max_prefill_tokens)
-    return Scheduler(limits, pages), pages
+def limited(max_prefill_s, num_pages=100, max_step_tokens=64):
+    """A scheduler that believes in 1000 tokens of prompts per second."""
+    pages = PageAllocator(num_pages, BLOCK)
+    scheduler = Scheduler(Limits(max_step_tokens, 8, BLOCK, max_prefill_s), pages)
+    scheduler.note_pace(500, 0.5)
+    return scheduler, pages
 
 
 def of(sequence, chunks):
@@ -148,7 +151,7 @@ def of(sequence, chunks):
 
 
 def test_beside_somebody_who_decodes_a_step_takes_few_tokens_of_prompts():
-    scheduler, _ = limited(16)
+    scheduler, _ = limited(0.016)
     short, long = sequence(4), sequence(200)
     scheduler.add(short)
     advance(scheduler.schedule())
@@ -164,14 +167,30 @@ def test_beside_somebody_who_decodes_a_step_takes_few_tokens_of_prompts():
     assert sum(c.num_tokens for c in scheduler.schedule()) == 64, "nobody decodes"
 
 
+def test_the_share_of_prompts_follows_the_pace_and_is_a_block_at_least():
+    scheduler, _ = limited(0.016, num_pages=400)
+    short, long = sequence(4), sequence(2000)
+    scheduler.add(short)
+    advance(scheduler.schedule())
+    scheduler.add(long)
+    seen = []
+    for num_tokens, seconds in [(24, 0.010), (24, 0.010), (1, 1.0), *[(1, 1.0)] * 20]:
+        chunks = scheduler.schedule()
+        seen.append(of(long, chunks))
+        advance(chunks)
+        scheduler.note_pace(num_tokens, seconds)
+    assert seen[:4] == [16, 16, 24, 16], "1000, 1420, 1714 and 1200 tokens a second"
+    assert seen[-1] == BLOCK
+
+
 def test_alone_a_prompt_takes_the_whole_step():
-    scheduler, _ = limited(16)
+    scheduler, _ = limited(0.016)
     scheduler.add(sequence(200))
     assert [c.num_tokens for c in scheduler.schedule()] == [64]
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
-    scheduler, _ = limited(2**31, max_step_tokens=32)
+    scheduler, _ = limited(math.inf, max_step_tokens=32)
     long, short = sequence(400), sequence(30)
     scheduler.add(long)
     advance(scheduler.schedule())
@@ -186,7 +205,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
 
 
 def test_equal_prompts_are_computed_one_after_the_other():
-    scheduler, _ = limited(2**31, max_step_tokens=32)
+    scheduler, _ = limited(math.inf, max_step_tokens=32)
     first, second = sequence(64), sequence(64)
     scheduler.add(first)
     scheduler.add(second)
@@ -197,7 +216,7 @@ def test_equal_prompts_are_computed_one_after_the_other():
 
 
 def test_a_long_prompt_gets_half_however_many_short_ones_come():
-    scheduler, _ = limited(2**31, max_step_tokens=32)
+    scheduler, _ = limited(math.inf, max_step_tokens=32)
     long = sequence(320)
     scheduler.add(long)
     num_steps = 0
@@ -230,7 +249,7 @@ def test_whoever_waits_is_admitted_by_priority_then_arrival():
 
 
 def test_of_prompts_under_way_the_urgent_one_goes_first():
-    scheduler, _ = limited(2**31, max_step_tokens=32)
+    scheduler, _ = limited(math.inf, max_step_tokens=32)
     plain, urgent = sequence(200), sequence(200)
     urgent.priority = -1
     scheduler.add(plain)
@@ -319,7 +338,7 @@ def test_a_sequence_that_gave_way_takes_over_no_more_than_before():
 @pytest.mark.parametrize("seed", range(40))
 def test_random_traffic_with_common_beginnings_ends_and_loses_no_page(seed):
     rng = random.Random(seed)
-    scheduler, pages = limited(rng.choice([8, 24]), num_pages=14, max_step_tokens=40)
+    scheduler, pages = limited(rng.choice([0.001, 0.024]), num_pages=14, max_step_tokens=40)
     live = []
     for step in range(400):
         if step < 200 and rng.random() < 0.3:
