@@ -114,7 +114,7 @@ class EngineCore:
     @property
     def prompt_tokens_per_s(self) -> float:
         """Pace of recent steps that computed prompts; 0 before the first."""
-        return self._scheduler.prompt_tokens_per_s
+        return self._scheduler.prompts.tokens_per_s
 
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in."""
@@ -223,7 +223,7 @@ class EngineCore:
             num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
             phase = _phase(step.chunks)
             if phase != "decode":
-                self._scheduler.note_pace(num_tokens, seconds)
+                self._scheduler.prompts.note_pace(num_tokens, seconds)
             self._events.step(phase, seconds, num_tokens)
 
     @contextmanager

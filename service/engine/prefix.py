@@ -4,6 +4,9 @@ import hashlib
 from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+from typing_extensions import override
 
 from sparse_methods.method import SparseAttentionMethod
 
@@ -24,6 +27,14 @@ class PrefixOwner:
     method: SparseAttentionMethod
     regime: Hashable
     salt: str | None
+
+    @override
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # of every page that is looked for
+        return hash((self.method, self.regime, self.salt))
 
 
 PageKey = tuple[bytes, PrefixOwner]  # SHA-256 over all tokens up to the page's end, and the rest
@@ -59,16 +70,16 @@ class PrefixKeys:
         self._prompt_ids = prompt_ids
         self._page_size = page_size
         self._owner = PrefixOwner(method, method.prompt_regime(length), salt)
-        self._digests: list[bytes] = []
+        self._keys: list[PageKey] = []
         self.num_pages = length // page_size
         num_rows = min(length - 1, method.num_independent_rows(length))
         self.num_reusable = num_rows // page_size if may_reuse else 0
 
     def key(self, page: int) -> PageKey:
         """Key of logical page ``page``, one of ``num_pages``."""
-        while len(self._digests) <= page:
-            start = len(self._digests) * self._page_size
+        while len(self._keys) <= page:
+            start = len(self._keys) * self._page_size
             tokens = array("q", self._prompt_ids[start : start + self._page_size])
-            before = self._digests[-1] if self._digests else b""
-            self._digests.append(hashlib.sha256(before + tokens.tobytes()).digest())
-        return self._digests[page], self._owner
+            before = self._keys[-1][0] if self._keys else b""
+            self._keys.append((hashlib.sha256(before + tokens.tobytes()).digest(), self._owner))
+        return self._keys[page]

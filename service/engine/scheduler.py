@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from service.engine.kv_cache import PageAllocator
+from service.engine.prompt_shares import PromptShares
 from service.engine.sequence import Sequence
 
 
@@ -74,7 +75,7 @@ class Scheduler:
         running: Whoever has a place; what it needs of pages comes with its chunks.
         preempted: Whoever gave way when the last step was scheduled.
         num_waiting_tokens: Tokens to compute of those who wait.
-        prompt_tokens_per_s: Pace of recent steps that computed prompts; 0 before the first.
+        prompts: What prompts may take of a step.
     """
 
     def __init__(self, limits: Limits, pages: PageAllocator) -> None:
@@ -85,7 +86,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self.num_waiting_tokens = 0
-        self.prompt_tokens_per_s = 0.0
+        self.prompts = PromptShares(limits.block_size, limits.max_prefill_s)
 
     @property
     def num_pages_used(self) -> int:
@@ -118,13 +119,6 @@ class Scheduler:
             if chunk.start < chunk.sequence.num_prompt_tokens:
                 self._pages.publish(chunk.sequence, chunk.start, chunk.stop)
 
-    def note_pace(self, num_tokens: int, seconds: float) -> None:
-        """Take note of how long a step took that computed prompts."""
-        pace = num_tokens / max(seconds, 1e-6)
-        # A mean of paces, not of times: one slow step, such as one that compiles, counts little.
-        before = self.prompt_tokens_per_s or pace
-        self.prompt_tokens_per_s = before + 0.3 * (pace - before)
-
     def distrust(self, sequences: Iterable[Sequence]) -> None:
         """Reuse nothing of the pages of sequences that failed."""
         for sequence in sequences:
@@ -147,50 +141,44 @@ class Scheduler:
         for sequence in decoding:
             self._continue(sequence, step, step.budget)
         if step.chunks:
-            step.budget = min(step.budget, self._prefill_budget())
+            step.budget = min(step.budget, self.prompts.tokens_beside_decoding)
         if not self.preempted:
             self._admit()
         served = set(decoding)
         self._prefill([s for s in self.running if s not in served], step)
         return step.chunks
 
-    def _prefill_budget(self) -> int:
-        """Tokens of prompts that fit into a step beside those who decode."""
-        limits, pace = self._limits, self.prompt_tokens_per_s
-        if limits.max_prefill_s == math.inf or not pace:
-            return limits.max_step_tokens
-        return max(limits.block_size, int(limits.max_prefill_s * pace))
-
     def _prefill(self, sequences: list[Sequence], step: "_Step") -> None:
         """Share what is left of the budget among those who have a prompt to compute."""
         for sequence in sequences:
             self._pages.reuse(sequence)
-        block_size = self._limits.block_size
-        ready = [s for s in sequences if not self._is_being_computed(s, step)]
+        computing = [s for s in sequences if s.num_own_tokens > 0]  # few, as one gets done first
+        ready = [s for s in sequences if not self.prompts.is_computed_by(computing, s)]
         if not ready:
             return
         oldest = min(ready, key=_rank)
-        kept = min(oldest.num_uncomputed_tokens, max(block_size, step.budget // 2))
-        for sequence in sorted(
-            ready, key=lambda s: (s.priority, s.num_uncomputed_tokens, _rank(s))
-        ):
+        kept = min(oldest.num_uncomputed_tokens, self.prompts.share_of_oldest(step.budget))
+        ready.sort(key=lambda s: (s.priority, s.num_uncomputed_tokens, s.arrived_at))
+        for sequence in ready:
             if sequence is oldest:
                 kept = 0
-            elif self._is_being_computed(sequence, step):
+            elif step.budget <= kept or self.prompts.is_computed_by(computing, sequence):
                 continue
-            if sequence.slot is not None:  # else it gave way meanwhile
-                self._continue(sequence, step, step.budget - kept)
+            if self._continue(sequence, step, step.budget - kept):
+                computing.append(sequence)
 
-    def _continue(self, sequence: Sequence, step: "_Step", budget: int) -> None:
-        """Add the next chunk of a running sequence, of ``budget`` tokens at most, to the step."""
+    def _continue(self, sequence: Sequence, step: "_Step", budget: int) -> bool:
+        """Add the next chunk of a sequence, if there is one, of ``budget`` tokens at most."""
         num_tokens = self._chunk_size(sequence, budget)
         if sequence.slot is None or num_tokens == 0:  # it gave way meanwhile, or nothing is left
-            return
+            return False
         if not step.may_preempt and not self._pages.try_reserve(sequence, num_tokens):
             raise OutOfPagesError
-        if self._make_room(sequence, num_tokens, step):
-            step.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
-            step.budget -= num_tokens
+        if not self._make_room(sequence, num_tokens, step):
+            return False
+        step.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
+        step.budget -= num_tokens
+        return True
 
     def _admit(self) -> None:
         """Give a place to whoever waits, as long as all that run would still get their pages."""
@@ -215,29 +203,6 @@ class Scheduler:
         num_left = sequence.sampling.max_tokens - sequence.num_output_tokens
         num_ahead = max(0, min(num_left, self._limits.block_size))
         return self._pages.num_missing(sequence, sequence.num_tokens + num_ahead)
-
-    def _is_being_computed(self, sequence: Sequence, step: "_Step") -> bool:
-        """Whether somebody else computes the next page of a sequence, which then need not do so.
-
-        So the choices of a request compute its prompt once, and so do requests that come together.
-        """
-        index = sequence.num_computed_tokens // self._limits.block_size
-        prefix = sequence.prefix
-        if prefix is None or index >= prefix.num_reusable or sequence.num_own_tokens > 0:
-            return False
-        if sequence.num_computed_tokens >= sequence.most_cached_tokens:
-            return False
-        key, computing = prefix.key(index), {chunk.sequence for chunk in step.chunks}
-        return any(
-            other is not sequence
-            and other.priority <= sequence.priority
-            and (other.num_own_tokens > 0 or other in computing)
-            and other.prefix is not None
-            and other.num_computed_tokens // self._limits.block_size <= index
-            and index < other.prefix.num_pages
-            and other.prefix.key(index) == key
-            for other in self.running
-        )
 
     def _chunk_size(self, sequence: Sequence, budget: int) -> int:
         """Tokens to compute next; a cut inside the prompt falls on a block boundary."""

@@ -281,3 +281,26 @@ def test_a_request_whose_turn_does_not_come_is_told_to_come_back(start_server):
         assert long.result()["choices"][0]["finish_reason"] == "abort"
     server.wait_metric("aborted_requests_total", 2, reason="deadline")
     server.wait_metric("kv_cache_pages_used", 0)
+
+
+def test_an_overload_gives_answers_and_refusals_that_say_when_to_come_back(start_server):
+    limits = ("--max-running-requests", "2", "--max-waiting-requests", "100")
+    server = start_server(*limits, "--max-waiting-tokens", "3000").wait_ready()
+    prompt = "Once upon a time there was a king. " * 100
+
+    def ask(index):
+        body = {"prompt": f"{index} {prompt}", "max_tokens": 5, "ignore_eos": True}
+        return httpx.post(f"{server.url}/generate", json=body, timeout=120)
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(ask, range(48)))
+    statuses = {answer.status_code for answer in answers}
+    assert statuses == {200, 429}
+    for answer in answers:
+        if answer.status_code == 200:
+            assert answer.json()["usage"]["completion_tokens"] == 5
+        else:
+            assert 1 <= int(answer.headers["retry-after"]) <= 120
+            assert "wait" in answer.json()["error"]["message"]
+    server.wait_metric("kv_cache_pages_used", 0)
+    assert server.metric("waiting_requests") == 0

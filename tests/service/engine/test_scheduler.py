@@ -142,7 +142,7 @@ def limited(max_prefill_s, num_pages=100, max_step_tokens=64):
     """A scheduler that believes in 1000 tokens of prompts per second."""
     pages = PageAllocator(num_pages, BLOCK)
     scheduler = Scheduler(Limits(max_step_tokens, 8, BLOCK, max_prefill_s), pages)
-    scheduler.note_pace(500, 0.5)
+    scheduler.prompts.note_pace(500, 0.5)
     return scheduler, pages
 
 
@@ -178,7 +178,7 @@ def test_the_share_of_prompts_follows_the_pace_and_is_a_block_at_least():
         chunks = scheduler.schedule()
         seen.append(of(long, chunks))
         advance(chunks)
-        scheduler.note_pace(num_tokens, seconds)
+        scheduler.prompts.note_pace(num_tokens, seconds)
     assert seen[:4] == [16, 16, 24, 16], "1000, 1420, 1714 and 1200 tokens a second"
     assert seen[-1] == BLOCK
 
@@ -202,6 +202,23 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
         advance(chunks)
         num_steps += 1
     assert num_steps == 2
+
+
+def test_a_share_of_one_block_goes_to_the_long_and_to_the_short_prompt_in_turn():
+    scheduler, _ = limited(0.001)
+    decoding, long, short = sequence(4), sequence(400), sequence(30)
+    scheduler.add(decoding)
+    advance(scheduler.schedule())
+    scheduler.add(long)
+    advance(scheduler.schedule())
+    scheduler.add(short)
+    given = []
+    while not short.output_ids:
+        chunks = scheduler.schedule()
+        given.append((of(long, chunks), of(short, chunks)))
+        advance(chunks)
+    assert sorted(given) == [(0, 6), *[(0, 8)] * 3, *[(8, 0)] * (len(given) - 4)]
+    assert len(given) <= 8
 
 
 def test_equal_prompts_are_computed_one_after_the_other():
