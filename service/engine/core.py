@@ -93,13 +93,13 @@ class EngineCore:
 
     @property
     def num_running(self) -> int:
-        """Sequences that own pages."""
-        return len(self._scheduler.running)
+        """Sequences that are being computed."""
+        return self._scheduler.num_unfinished - self._scheduler.num_unstarted
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for pages or a place."""
-        return len(self._scheduler.waiting)
+        """Sequences of which nothing is being computed yet, or not any more."""
+        return self._scheduler.num_unstarted
 
     @property
     def num_pages_used(self) -> int:
@@ -109,7 +109,7 @@ class EngineCore:
     @property
     def num_waiting_tokens(self) -> int:
         """Tokens to compute of the sequences that wait."""
-        return self._scheduler.num_waiting_tokens
+        return self._scheduler.num_unstarted_tokens
 
     @property
     def prompt_tokens_per_s(self) -> float:
@@ -267,7 +267,8 @@ class EngineCore:
 
     def _statistics(self, sequence: Sequence, reason: FinishReason) -> RequestStatistics:
         """What was read; nothing for a failure, after which the device may not answer."""
-        if reason is FinishReason.ERROR:
+        # Whoever has computed nothing has not cleared the counters of its place either.
+        if reason is FinishReason.ERROR or sequence.num_own_tokens == 0:
             return RequestStatistics()
         return self._runner.statistics(sequence, self._num_collected_runs)
 

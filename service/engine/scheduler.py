@@ -74,7 +74,6 @@ class Scheduler:
         waiting: By priority, then arrival.
         running: Whoever has a place; what it needs of pages comes with its chunks.
         preempted: Whoever gave way when the last step was scheduled.
-        num_waiting_tokens: Tokens to compute of those who wait.
         prompts: What prompts may take of a step.
     """
 
@@ -85,13 +84,33 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preempted: list[Sequence] = []
-        self.num_waiting_tokens = 0
+        self._num_queued_tokens = 0
         self.prompts = PromptShares(limits.block_size, limits.max_prefill_s)
 
     @property
     def num_pages_used(self) -> int:
         """Pages owned by sequences."""
         return self._pages.num_used
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that wait or run."""
+        return len(self.waiting) + len(self.running)
+
+    @property
+    def num_unstarted(self) -> int:
+        """Sequences of which nothing is being computed, whether they have a place or not."""
+        return len(self.waiting) + len(self._placed_and_idle())
+
+    @property
+    def num_unstarted_tokens(self) -> int:
+        """Tokens to compute of these sequences."""
+        placed = sum(sequence.num_uncomputed_tokens for sequence in self._placed_and_idle())
+        return self._num_queued_tokens + placed
+
+    def _placed_and_idle(self) -> list[Sequence]:
+        # A copy, as probes ask from another thread.
+        return [sequence for sequence in list(self.running) if sequence.num_own_tokens == 0]
 
     @property
     def has_work(self) -> bool:
@@ -101,7 +120,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that has computed nothing."""
         insort(self.waiting, sequence, key=_rank)
-        self.num_waiting_tokens += sequence.num_tokens
+        self._num_queued_tokens += sequence.num_tokens
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and free what it owns."""
@@ -110,7 +129,7 @@ class Scheduler:
             self._release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-            self.num_waiting_tokens -= sequence.num_tokens
+            self._num_queued_tokens -= sequence.num_tokens
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
         """Take note that the step which computes these chunks was launched."""
@@ -193,7 +212,7 @@ class Scheduler:
             if needed > room and self.running:
                 return
             self.waiting.pop(0)
-            self.num_waiting_tokens -= sequence.num_tokens
+            self._num_queued_tokens -= sequence.num_tokens
             sequence.slot = self._free_slots.pop()
             self.running.append(sequence)
             room -= needed

@@ -128,7 +128,7 @@ def test_a_reused_prompt_gives_the_same_tokens(name, version, on_gpu):
     prompt, method = planted_prompt(on_gpu, 1500), get_sparse_method(name, version)()
     sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
-    def ask(salt: str | None) -> tuple[Sequence, tuple]:
+    def ask(salt: str | None) -> tuple[Sequence, tuple[object, int]]:
         sequence = build_sequence("0", prompt, method, sampling, 0)
         sequence.prefix = PrefixKeys(prompt, 128, method, salt)
         texts, [(_, _, statistics)] = outcomes(on_gpu, [sequence])

@@ -97,7 +97,7 @@ def test_an_overdue_request_in_the_queue_gets_an_error(engine, reasons):
     update = core.step()[waiting]
     assert isinstance(update.error, QueueTimeoutError)
     assert update.finish is None
-    assert core.num_waiting == core._scheduler.num_waiting_tokens == 0
+    assert core.num_waiting == core.num_waiting_tokens == 0
     while core.has_work:
         assert waiting not in core.step()
     assert reasons == ["deadline"]

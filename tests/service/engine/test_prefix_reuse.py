@@ -16,6 +16,7 @@ from service.engine.sequence import FinishReason, SamplingParams, Sequence, Upda
 from service.errors import GenerationError
 from service.models.loading import load_model
 from sparse_methods import Phase, get_sparse_method
+from sparse_methods.calibration.artifact import Fit, MethodCalibration, PhaseCalibration
 from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.statistics import RequestStatistics
 from tests.service.engine.test_core import engine_of
@@ -192,6 +193,55 @@ def test_who_waits_for_a_page_goes_on_alone_when_its_owner_leaves(engine):
         got += core.step().get(second, Update())
     assert finish_of(got).reason is FinishReason.LENGTH
     assert finish_of(got).num_cached_tokens < 30 * BLOCK - BLOCK
+
+
+def test_whoever_waits_for_a_page_of_another_counts_as_waiting_and_has_read_nothing(engine):
+    core, prompt = engine.core, tokens_of(17, 25 * BLOCK)
+    play(engine, *(sequence_of(tokens_of(30 + i, 20)) for i in range(6)))  # use every place
+    first, second = sequence_of(prompt), sequence_of(prompt)
+    core.add(first)
+    core.add(second)
+    core.step()
+    assert (core.num_running, core.num_waiting, second.slot is None) == (1, 1, False)
+    assert core.num_waiting_tokens == 25 * BLOCK
+    finishes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.events, "finished", lambda _, finish: finishes.append(finish))
+        core.abort(second, "client")
+    assert finishes[0].statistics == RequestStatistics()
+    core.abort(first, "client")
+    while core.has_work:
+        core.step()
+
+
+def test_a_target_is_reused_among_prompts_of_one_length(tiny_model_dir):
+    fit = Fit(
+        a=100.0, b=8.0, p=0.5, r_squared=1.0, min_sparsity=0.1, max_sparsity=0.9, num_points=3
+    )
+    calibration = MethodCalibration(
+        method="flash_skip_softmax",
+        version="v2",
+        block_size=BLOCK,
+        phases={Phase.PREFILL: PhaseCalibration(layers=(fit, fit))},
+    )
+    knobs = {"target_sparsity": 0.5, "dense_below": 0}
+    method = get_sparse_method("flash_skip_softmax")(knobs).with_calibration(calibration)
+    playground, shared = Playground(tiny_model_dir), tokens_of(2, SHARED)
+    prompt = shared + tokens_of(4, 2 * BLOCK)
+    plain = sequence_of(prompt, method, salt="never found")
+    early, expected, expected_logits = playground.play(plain, first_chunk=HIT)
+    longer, equal = (shared + tokens_of(3, n * BLOCK) for n in (5, 2))
+    playground.play(sequence_of(longer, method))
+    playground.play(other := sequence_of(equal, method))
+    assert other.num_cached_tokens == 0
+    playground.play(hit := sequence_of(prompt, method))
+    assert hit.num_cached_tokens == HIT
+    again = sequence_of(prompt, method)
+    again.most_cached_tokens = HIT
+    _, given, logits = playground.play(again)
+    assert early + given == expected
+    assert 0 < expected.phase(Phase.PREFILL).density < 1
+    assert torch.allclose(logits, expected_logits, atol=1e-3)
 
 
 def test_nothing_of_a_failed_request_is_reused(engine, monkeypatch):

@@ -258,11 +258,11 @@ def test_whoever_waits_is_admitted_by_priority_then_arrival():
     for one in (late, urgent, early):
         scheduler.add(one)
     assert scheduler.waiting == [urgent, early, late]
-    assert scheduler.num_waiting_tokens == 24
+    assert (scheduler.num_unstarted, scheduler.num_unstarted_tokens) == (3, 24)
     scheduler.remove(scheduler.running[0])
     assert [c.sequence for c in scheduler.schedule()] == [urgent]
     scheduler.remove(early)
-    assert scheduler.num_waiting_tokens == 8
+    assert (scheduler.num_unstarted, scheduler.num_unstarted_tokens) == (2, 16)
 
 
 def test_of_prompts_under_way_the_urgent_one_goes_first():
@@ -375,7 +375,7 @@ def test_random_traffic_with_common_beginnings_ends_and_loses_no_page(seed):
         owned = [page for s in live for page in s.pages]
         assert all(owned.count(page) == 1 for page in writing)
         assert pages.num_used == len(set(owned))
-        assert scheduler.num_waiting_tokens == sum(s.num_tokens for s in scheduler.waiting)
+        assert scheduler._num_queued_tokens == sum(s.num_tokens for s in scheduler.waiting)
         scheduler.advance(chunks)
         advance(chunks)
         for done in [
