@@ -67,6 +67,20 @@ class Generation:
         for index in self._unfinished:
             self._loop.abort(self._sequences[index], "client")
 
+    async def has_begun(self) -> None:
+        """Wait for the first update, if the request may be refused for having waited too long.
+
+        Whoever streams asks before the answer begins: afterwards there is no refusing any more.
+
+        Raises:
+            ServiceError: The request is refused, or failed before it had a token.
+        """
+        if all(min(s.queue_deadline, s.deadline) == math.inf for s in self._sequences):
+            return
+        error = await self._outbox.first_error()
+        if error is not None:
+            raise error
+
     async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
         """Yield (choice index, update) until every choice has ended.
 

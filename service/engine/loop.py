@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from service.engine.core import EngineCore
 from service.engine.sequence import Sequence, Update
-from service.errors import GenerationError, UnavailableError
+from service.errors import GenerationError, ServiceError, UnavailableError
 
 _log = logging.getLogger(__name__)
 _STOPPED = "The server was stopped before the generation ended."
@@ -34,6 +34,12 @@ class Outbox:
         before = self._pending.get(index)
         self._pending[index] = update if before is None else before + update
         self._arrived.set()
+
+    async def first_error(self) -> ServiceError | None:
+        """Wait until something has arrived; the error among it, if any. All of it stays here."""
+        await self._arrived.wait()
+        errors = (update.error for update in self._pending.values())
+        return next((error for error in errors if error is not None), None)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
         """Yield (choice index, update) as they come, without end."""

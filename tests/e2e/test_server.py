@@ -278,8 +278,10 @@ def test_a_request_whose_turn_does_not_come_is_told_to_come_back(start_server):
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
         assert "Retry later" in refused.json()["error"]["message"]
+        stream = server.client.post("/generate", json={"prompt": "Once", "stream": True})
+        assert stream.status_code == 503
         assert long.result()["choices"][0]["finish_reason"] == "abort"
-    server.wait_metric("aborted_requests_total", 2, reason="deadline")
+    server.wait_metric("aborted_requests_total", 3, reason="deadline")
     server.wait_metric("kv_cache_pages_used", 0)
 
 

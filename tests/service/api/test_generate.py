@@ -277,6 +277,15 @@ async def test_fields_about_scheduling_have_bounds(
     assert response.json()["error"]["param"] == next(iter(field))
 
 
+async def test_a_stream_whose_turn_does_not_come_is_refused_before_it_begins(
+    engine: FakeEngine,
+) -> None:
+    engine.late = QueueTimeoutError("Late.")
+    response = await post(engine, {"stream": True})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert engine.num_running == 0
+
+
 async def test_a_refusal_says_when_to_come_back(engine: FakeEngine) -> None:
     engine.refusal = QueueFullError("Full.", 17)
     response = await post(engine, {})

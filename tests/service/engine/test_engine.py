@@ -499,10 +499,28 @@ def test_a_request_whose_turn_does_not_come_gets_an_error_that_says_so(tiny_mode
                     break
                 with pytest.raises(QueueTimeoutError, match="Retry later"):
                     await collect(small, request(prompt_of(10)))
+                async with await small.submit(request(prompt_of(10))) as late:
+                    with pytest.raises(QueueTimeoutError, match="Retry later"):
+                        await late.has_begun()
 
         asyncio.run(wait_in_vain())
         wait_until(lambda: small.status().num_pages_used == 0)
-        assert small.events.abort_reasons == ["deadline", "client"]
+        assert small.events.abort_reasons == ["deadline", "deadline", "client"]
+
+
+def test_asking_whether_a_generation_has_begun_takes_nothing_of_it(tiny_model_dir):
+    with running(tiny_model_dir, max_queue_s=60) as one:
+
+        async def ask():
+            tokens = []
+            async with await one.submit(request(prompt_of(10), max_tokens=9)) as generation:
+                await generation.has_begun()
+                await generation.has_begun()
+                async for _, update in generation:
+                    tokens += update.token_ids
+            return tokens
+
+        assert len(asyncio.run(ask())) == 9
 
 
 @pytest.mark.parametrize("limits", [({}, 0.3), ({"max_request_s": 0.3}, None)])
