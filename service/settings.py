@@ -41,10 +41,31 @@ class Settings(BaseSettings):
         128, ge=8, le=256, multiple_of=8, description="Tokens of a KV page and of a sparsity block."
     )
     max_step_tokens: int = Field(2048, ge=256, le=131072, description="Tokens of one engine step.")
+    max_prefill_s: float = Field(
+        0.05,
+        gt=0,
+        description="Seconds that prompts may take, block by block, in a step in which somebody"
+        " decodes: what a long prompt may add to the time between two tokens.",
+    )
+    prefix_caching: bool = Field(
+        default=True,
+        description="Whether prompts reuse keys and values computed for the same beginning.",
+    )
     max_running_requests: int = Field(
         64, ge=1, le=1024, description="Generations that run at once."
     )
     max_waiting_requests: int = Field(256, ge=0, le=65536, description="Length of the queue.")
+    max_waiting_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of all prompts in the queue; unset takes four times the KV cache's.",
+    )
+    max_queue_s: float | None = Field(
+        None, gt=0, description="Seconds a request may wait for its turn; unset sets no limit."
+    )
+    max_request_s: float | None = Field(
+        None, gt=0, description="Seconds from a request's arrival to its end; unset sets no limit."
+    )
     run_ahead: bool | None = Field(
         None,
         description="Launch a step before the last one's tokens are known; unset does on a GPU.",

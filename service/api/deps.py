@@ -4,13 +4,13 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
 
 from service.api.holder import EngineHolder
 from service.api.running import running
-from service.api.schemas import MethodFields, SamplingFields
+from service.api.schemas import MethodFields, SamplingFields, SchedulingFields
 from service.engine.engine import Engine
 from service.engine.generation import Generation, GenerationRequest
 from service.errors import BadRequestError
@@ -121,6 +121,8 @@ async def submit(
     prompt: str | list[int],
 ) -> AsyncIterator[Submission]:
     """Hand a prompt to the engine; leaving the context aborts what still runs."""
+    # Only routes whose clients may set them have these fields.
+    scheduling: dict[str, Any] = body.model_dump(include=set(SchedulingFields.model_fields))
     work = GenerationRequest(
         request_id=f"gen-{secrets.token_hex(12)}",
         prompt=prompt if isinstance(prompt, str) else None,
@@ -128,6 +130,7 @@ async def submit(
         method=chosen.method,
         sampling=body.sampling(),
         n=body.n,
+        **scheduling,
     )
     async with running(request, engine, work) as generation:
         yield Submission(work.request_id, engine, chosen, generation)

@@ -109,7 +109,7 @@ def describe_error(error: Exception) -> ErrorResponse:
 
 def error_response(error: Exception) -> Response:
     """The answer to a request that ended in ``error``."""
-    return _response(describe_error(error))
+    return _response(describe_error(error), getattr(error, "retry_after_s", None))
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -134,7 +134,7 @@ async def _answer_error(_request: Request, error: Exception) -> Response:
     body = describe_error(error)
     if body.error.code == 500:
         _log.error("request failed", exc_info=error)
-    return _response(body)
+    return _response(body, getattr(error, "retry_after_s", None))
 
 
 async def _answer_validation_error(_request: Request, error: Exception) -> Response:
@@ -167,10 +167,12 @@ def _detail(status: int, message: str, param: str | None) -> ErrorResponse:
     )
 
 
-def _response(body: ErrorResponse) -> Response:
+def _response(body: ErrorResponse, retry_after_s: int | None = None) -> Response:
     status = body.error.code
-    content = orjson.dumps(body.model_dump())
-    return Response(content, status, _HEADERS.get(status), "application/json")
+    headers = dict(_HEADERS.get(status, {}))
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(retry_after_s)
+    return Response(orjson.dumps(body.model_dump()), status, headers, "application/json")
 
 
 def _bounded(message: str) -> str:

@@ -10,16 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from service.engine.deadlines import Deadlines
 from service.engine.events import EngineEvents
 from service.engine.model_runner import ModelRunner
 from service.engine.prompt_logprobs import PromptReport
 from service.engine.sampled import Sampled, no_token_error
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Chunk, OutOfPagesError, Scheduler
-from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
+from service.engine.sequence import Finish, FinishReason, Sequence, TokenLogprob, Update
 from service.engine.stopping import OutputBuilder
-from service.errors import ServiceError
+from service.errors import QueueTimeoutError, ServiceError
 from sparse_methods.statistics import RequestStatistics
+
+_EXPIRED = "The request waited for its turn until its time was up. Retry later."
 
 
 @dataclass
@@ -89,6 +92,7 @@ class EngineCore:
         self._collected_at = 0.0
         self._at_fault: list[Chunk] = []
         self._updates: dict[Sequence, Update] = {}
+        self._deadlines = Deadlines()
 
     @property
     def has_work(self) -> bool:
@@ -97,21 +101,32 @@ class EngineCore:
 
     @property
     def num_running(self) -> int:
-        """Sequences that own pages."""
-        return len(self._scheduler.running)
+        """Sequences that are being computed."""
+        return self._scheduler.num_unfinished - self._scheduler.num_unstarted
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for pages or a place."""
-        return len(self._scheduler.waiting)
+        """Sequences of which nothing is being computed yet, or not any more."""
+        return self._scheduler.num_unstarted
 
     @property
     def num_pages_used(self) -> int:
         """Pages owned by sequences."""
         return self._scheduler.num_pages_used
 
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens to compute of the sequences that wait."""
+        return self._scheduler.num_unstarted_tokens
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Pace of recent steps that computed prompts; 0 before the first."""
+        return self._scheduler.prompts.tokens_per_s
+
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in."""
+        self._deadlines.watch(sequence)
         self._live[sequence] = _Progress(self._text_output(sequence))
         self._scheduler.add(sequence)
 
@@ -133,6 +148,7 @@ class EngineCore:
     def step(self) -> dict[Sequence, Update]:
         """Run one step and return what was added to whom: by it, or running ahead, by the last."""
         self._updates, self._at_fault = {}, []
+        self._expire()
         previous, self._launched = self._launched, None
         if previous is not None and previous.is_awaited:
             self._collect(previous)
@@ -146,6 +162,16 @@ class EngineCore:
             launched, self._launched = self._launched, None
             self._collect(launched)
         return self._updates
+
+    def _expire(self) -> None:
+        """End whoever's time is up: with what there is, or if it never ran, with an error."""
+        for sequence in self._deadlines.expired(self._live, time.monotonic()):
+            has_run = sequence.first_scheduled_at is not None
+            text = self._live[sequence].text.abort() if has_run else ""
+            finish = self._finish(sequence, FinishReason.ABORT, None)
+            self._events.aborted("deadline")
+            error = None if has_run else QueueTimeoutError(_EXPIRED)
+            self._updates[sequence] = Update(text, finish=finish if has_run else None, error=error)
 
     def fail_step(self, error: ServiceError) -> dict[Sequence, Update]:
         """Fail the sequences of the step that just raised; the others go on.
@@ -188,8 +214,7 @@ class EngineCore:
             prompts = self._sampler.report_prompts(logits[len(completed) :], chunks)
             sampled = self._sampler.sample(logits[: len(completed)], completed)
             self._runner.keep_tokens(completed, sampled.token_ids)
-            for chunk in chunks:
-                chunk.sequence.num_computed_tokens = chunk.stop
+            self._scheduler.advance(chunks)
             for sequence in completed:
                 sequence.num_pending_tokens += 1
         return _Launched(chunks, completed, prompts, sampled, self._runner.num_runs, launched_at)
@@ -217,7 +242,10 @@ class EngineCore:
             seconds = now - max(step.launched_at, self._collected_at)  # no second counts twice
             self._collected_at = now
             num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
-            self._events.step(_phase(step.chunks), seconds, num_tokens)
+            phase = _phase(step.chunks)
+            if phase != "decode":
+                self._scheduler.prompts.note_pace(num_tokens, seconds)
+            self._events.step(phase, seconds, num_tokens)
 
     @contextmanager
     def _answering_for(self, chunks: list[Chunk]) -> Iterator[None]:
@@ -252,9 +280,9 @@ class EngineCore:
             reason=reason,
             stop_reason=stop_reason,
             statistics=self._statistics(sequence, reason),
-            timing=_timing(sequence),
+            timing=sequence.timing(),
             num_prompt_tokens=sequence.num_prompt_tokens,
-            num_cached_tokens=0,
+            num_cached_tokens=sequence.num_cached_tokens,
             num_generated_tokens=len(sequence.output_ids),
         )
         self.discard(sequence)
@@ -263,11 +291,13 @@ class EngineCore:
 
     def _statistics(self, sequence: Sequence, reason: FinishReason) -> RequestStatistics:
         """What was read; nothing for a failure, after which the device may not answer."""
-        if reason is FinishReason.ERROR:
+        # Whoever has computed nothing has not cleared the counters of its place either.
+        if reason is FinishReason.ERROR or sequence.num_own_tokens == 0:
             return RequestStatistics()
         return self._runner.statistics(sequence, self._num_collected_runs)
 
     def _fail(self, sequence: Sequence, error: ServiceError) -> Update:
+        self._scheduler.distrust([sequence])
         self._finish(sequence, FinishReason.ERROR, None)
         return Update(error=error)
 
@@ -282,17 +312,3 @@ def _phase(chunks: list[Chunk]) -> str:
     if all(is_decode):
         return "decode"
     return "mixed" if any(is_decode) else "prefill"
-
-
-def _timing(sequence: Sequence) -> Timing:
-    """Durations up to now; phases that were never reached took no time."""
-    now = time.monotonic()
-    scheduled = sequence.first_scheduled_at or now
-    first_token = sequence.first_token_at or now
-    return Timing(
-        queue_s=scheduled - sequence.arrived_at,
-        prefill_s=first_token - scheduled,
-        time_to_first_token_s=first_token - sequence.arrived_at,
-        decode_s=now - first_token,
-        total_s=now - sequence.arrived_at,
-    )

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from service.engine.admission import Admission
 from service.engine.core import EngineCore
 from service.engine.events import EngineEvents
 from service.engine.generation import (
     Generation,
     GenerationRequest,
-    build_sequence,
+    build_sequences,
     check_logit_bias,
 )
 from service.engine.grammar import GrammarCompiler
@@ -22,7 +23,6 @@ from service.engine.loop import Address, EngineLoop, Outbox
 from service.engine.model_runner import ModelRunner
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Limits, Scheduler
-from service.engine.sequence import Sequence
 from service.engine.sizing import num_pages
 from service.engine.stopping import OutputBuilder
 from service.engine.tokenizer import Tokenizer
@@ -30,7 +30,6 @@ from service.engine.trial import packed_logits
 from service.errors import (
     BadRequestError,
     PromptTooLongError,
-    QueueFullError,
     UnavailableError,
 )
 from service.models.calibration_file import load_calibrations
@@ -95,6 +94,7 @@ class Engine:
         self.runner = runner
         self.core = self._build_core(runner)
         self._loop = EngineLoop(self.core)
+        self._admission = Admission(settings, capacity, self.core, self._loop)
         self._is_draining = False
         self.self_test: SelfTestReport | None = None
 
@@ -158,13 +158,14 @@ class Engine:
         request = dataclasses.replace(request, method=self.calibrated(request.method))
         request.method.check_servable(self.settings.block_size)
         check_logit_bias(request.sampling, self.tokenizer.vocab_size)
-        self._check_admission(request.n)  # before the work of encoding, and again after it
+        self._check_admission(request.n, 0)  # before the work of encoding, and again after it
         prompt_ids = await self._encode(request)
         self._check_prompt(prompt_ids)
         matcher = await self._grammars.matcher(request.sampling.grammar)
-        self._check_admission(request.n)
+        self._check_admission(request.n, request.n * len(prompt_ids))
         outbox, event_loop = Outbox(), asyncio.get_running_loop()
-        sequences = [self._sequence(request, prompt_ids, index) for index in range(request.n)]
+        room = self.max_context_tokens - len(prompt_ids)
+        sequences = build_sequences(request, prompt_ids, room, self.settings)
         for index, sequence in enumerate(sequences):
             sequence.matcher = None if matcher is None else matcher.fork()
             self._loop.add(sequence, Address(event_loop, outbox, index))
@@ -215,6 +216,7 @@ class Engine:
             max_step_tokens=settings.max_step_tokens,
             max_running=settings.max_running_requests,
             block_size=settings.block_size,
+            max_prefill_s=settings.max_prefill_s,
         )
         return EngineCore(
             runner=runner,
@@ -229,16 +231,11 @@ class Engine:
             else settings.run_ahead,
         )
 
-    def _check_admission(self, num_choices: int) -> None:
+    def _check_admission(self, num_choices: int, num_tokens: int) -> None:
         status = self.status()
         if status.reason:
             raise UnavailableError(f"No new work is accepted: {status.reason}.")
-        num_allowed = self.settings.max_waiting_requests + self.settings.max_running_requests
-        if self._loop.num_unfinished + num_choices > num_allowed:
-            raise QueueFullError(
-                f"{self._loop.num_unfinished} generations run or wait already; this server holds"
-                f" {num_allowed} at most. Retry later."
-            )
+        self._admission.check(num_choices, num_tokens)
 
     async def _encode(self, request: GenerationRequest) -> list[int]:
         if request.prompt_ids is not None:
@@ -272,10 +269,3 @@ class Engine:
                 f" {self.max_context_tokens} and must leave room for at least one new token.",
                 "prompt",
             )
-
-    def _sequence(self, request: GenerationRequest, prompt_ids: list[int], index: int) -> Sequence:
-        room = self.max_context_tokens - len(prompt_ids)
-        max_tokens = min(request.sampling.max_tokens, room)
-        sampling = dataclasses.replace(request.sampling, max_tokens=max_tokens)
-        request_id = f"{request.request_id}-{index}" if request.n > 1 else request.request_id
-        return build_sequence(request_id, prompt_ids, request.method, sampling, index)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from service.engine.core import EngineCore
 from service.engine.sequence import Sequence, Update
-from service.errors import GenerationError, UnavailableError
+from service.errors import GenerationError, ServiceError, UnavailableError
 
 _log = logging.getLogger(__name__)
 _STOPPED = "The server was stopped before the generation ended."
@@ -34,6 +34,12 @@ class Outbox:
         before = self._pending.get(index)
         self._pending[index] = update if before is None else before + update
         self._arrived.set()
+
+    async def first_error(self) -> ServiceError | None:
+        """Wait until something has arrived; the error among it, if any. All of it stays here."""
+        await self._arrived.wait()
+        errors = (update.error for update in self._pending.values())
+        return next((error for error in errors if error is not None), None)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
         """Yield (choice index, update) as they come, without end."""
@@ -61,6 +67,7 @@ class EngineLoop:
         self._core = core
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._addresses: dict[Sequence, Address] = {}
+        self._entering: dict[Sequence, int] = {}  # tokens of those in the inbox
         self._admission = threading.Lock()  # between a last submission and the end of the thread
         self._is_closed = False
         self._stopping = threading.Event()
@@ -76,6 +83,11 @@ class EngineLoop:
     def num_unfinished(self) -> int:
         """Generations submitted that have not ended."""
         return len(self._addresses)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens to compute of the generations that wait, those in the inbox included."""
+        return self._core.num_waiting_tokens + sum(list(self._entering.values()))
 
     def start(self) -> None:
         """Start the thread."""
@@ -106,7 +118,8 @@ class EngineLoop:
             if self._is_closed:
                 raise UnavailableError("The engine has stopped.")
             self._addresses[sequence] = address
-            self._inbox.put(lambda: self._guard(sequence, lambda: self._core.add(sequence)))
+            self._entering[sequence] = sequence.num_tokens
+            self._inbox.put(lambda: self._take_in(sequence))
 
     def abort(self, sequence: Sequence, reason: str) -> None:
         """End a sequence early and free its pages; one that has ended is left alone."""
@@ -124,6 +137,10 @@ class EngineLoop:
             self._deliver(self._core.cancel(sequence))
 
         self._inbox.put(lambda: self._guard(sequence, command))
+
+    def _take_in(self, sequence: Sequence) -> None:
+        del self._entering[sequence]
+        self._guard(sequence, lambda: self._core.add(sequence))
 
     def _guard(self, sequence: Sequence, command: Callable[[], None]) -> None:
         """Run a command about one sequence; if it fails, only that sequence does."""

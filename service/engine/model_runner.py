@@ -85,7 +85,7 @@ class ModelRunner:
         The logits [S + P, V] are theirs, and then those of prompt rows that are to be reported.
         """
         for chunk in chunks:
-            if chunk.start == 0:
+            if chunk.is_first:
                 self._reset_statistics(chunk.sequence)
         self.num_runs += 1
         if self._before_run is not None:

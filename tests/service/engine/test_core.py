@@ -102,7 +102,7 @@ def play(core: EngineCore, requests: list[Request]) -> list[tuple[Sequence, Upda
 def sampling_of(rng: random.Random) -> SamplingParams:
     choices: dict[str, list[Any]] = {
         "temperature": [0.0, 0.0, 1.0, 1.5],
-        "max_tokens": [1, 2, 7, 20, 40],
+        "max_tokens": [1, 2, 7, 40, 60],
         "min_tokens": [0, 0, 3],
         "top_k": [0, 0, 20],
         "top_p": [1.0, 1.0, 0.9],
@@ -119,7 +119,9 @@ def sampling_of(rng: random.Random) -> SamplingParams:
 
 def requests_of(seed: int) -> list[Request]:
     rng = random.Random(seed)
-    return [
+    greedy = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    crowding = [Request([9 + seed, *range(60, 110)], "dense@v1", greedy, 20) for _ in range(2)]
+    return crowding + [
         Request(
             prompt_ids=[
                 rng.randrange(8, 4096) for _ in range(rng.choice([1, 15, 16, 17, 50, 120]))
