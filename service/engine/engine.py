@@ -12,8 +12,9 @@ from service.engine.core import EngineCore
 from service.engine.events import EngineEvents
 from service.engine.generation import Generation, GenerationRequest, build_sequence
 from service.engine.kv_cache import PageAllocator
-from service.engine.loop import Address, EngineLoop, Outbox
+from service.engine.loop import Address, EngineLoop
 from service.engine.model_runner import ModelRunner
+from service.engine.outbox import Outbox
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Limits, Scheduler
 from service.engine.sequence import Sequence

@@ -9,7 +9,8 @@ from typing import Self
 
 import torch
 
-from service.engine.loop import EngineLoop, Outbox
+from service.engine.loop import EngineLoop
+from service.engine.outbox import Outbox
 from service.engine.sequence import SamplingParams, Sequence, Update
 from sparse_methods import SparseAttentionMethod
 

@@ -9,10 +9,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from service.engine.core import EngineCore
+from service.engine.outbox import Outbox
 from service.engine.sequence import Sequence, Update
 from service.errors import GenerationError, UnavailableError
 
@@ -20,29 +21,6 @@ _log = logging.getLogger(__name__)
 _STOPPED = "The server was stopped before the generation ended."
 _FAILED = "The engine failed while it worked on this request."
 _IDLE_WAIT_S = 0.5  # how often an idle engine shows that it is alive
-
-
-class Outbox:
-    """Updates of one generation on their way to its reader; a slow reader gets them merged."""
-
-    def __init__(self) -> None:
-        self._pending: dict[int, Update] = {}
-        self._arrived = asyncio.Event()
-
-    def put(self, index: int, update: Update) -> None:
-        """Add an update of choice ``index``; called on the event loop."""
-        before = self._pending.get(index)
-        self._pending[index] = update if before is None else before + update
-        self._arrived.set()
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
-        """Yield (choice index, update) as they come, without end."""
-        while True:
-            await self._arrived.wait()
-            self._arrived.clear()
-            pending, self._pending = self._pending, {}
-            for item in pending.items():
-                yield item
 
 
 @dataclass(frozen=True)
