@@ -8,6 +8,8 @@ ServiceError
 ├── QueueFullError             too many requests wait; retry later
 ├── UnavailableError           loading, draining or dead; retry later
 ├── GenerationError            the engine failed while it worked on this request
+│   ├── TokenizerError         the tokenizer could not read or write its text
+│   └── MethodFaultError       its method raised (service/models/method_fault.py)
 └── ModelNotSupportedError     the model cannot be served; raised at load
 """
 
@@ -50,6 +52,10 @@ class UnavailableError(ServiceError):
 
 class GenerationError(ServiceError):
     """The engine failed while it worked on this request."""
+
+
+class TokenizerError(GenerationError):
+    """The tokenizer failed on the text or the tokens of this request."""
 
 
 class ModelNotSupportedError(ServiceError):

@@ -25,7 +25,8 @@ class Server(uvicorn.Server):
     signal ends the wait.
 
     Attributes:
-        exit_code: 0 after a signal, 1 if the model could not be loaded or the engine died.
+        exit_code: 0 after a signal, 1 if the model could not be loaded or the engine died, unless
+            the operator wants a server with a dead engine to stay.
     """
 
     def __init__(self, settings: Settings, app: FastAPI, announce: Callable[[str], None]) -> None:
@@ -43,6 +44,8 @@ class Server(uvicorn.Server):
         self._holder: EngineHolder = app.state.holder
         self._announce: Callable[[str], None] | None = announce
         self._drain_timeout_s = settings.shutdown_timeout_s
+        self._exits_on_death = settings.exit_on_engine_death
+        self._is_dead = False
         self._drain_until = math.inf
         self.exit_code = 0
 
@@ -83,10 +86,12 @@ class Server(uvicorn.Server):
     def _has_failed(self) -> bool:
         if self._holder.failure is not None:
             return True
-        if self._holder.is_loaded and not self._holder.status().is_alive:
-            _log.error("the engine thread has ended")
-            return True
-        return False
+        self._holder.watch()
+        status = self._holder.status()
+        if self._holder.is_loaded and not status.is_alive and not self._is_dead:
+            self._is_dead = True
+            _log.critical("not ready any more: %s", status.reason)
+        return self._is_dead and self._exits_on_death
 
     def _address(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]

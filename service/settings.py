@@ -67,6 +67,15 @@ class Settings(BaseSettings):
     stall_timeout_s: float = Field(
         30.0, gt=0, description="Seconds without progress after which the engine counts as stuck."
     )
+    hang_timeout_s: float = Field(
+        120.0, gt=0, description="Seconds without progress after which the engine is given up."
+    )
+    max_failed_steps: int = Field(
+        10, ge=1, description="Steps that may fail in a row before the engine is given up."
+    )
+    exit_on_engine_death: bool = Field(
+        default=True, description="Whether the process ends once the engine cannot go on."
+    )
     shutdown_timeout_s: float = Field(
         30.0, ge=0, description="Seconds running requests may take to finish after SIGTERM."
     )

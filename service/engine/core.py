@@ -5,20 +5,24 @@ which waits for its tokens. An engine that runs ahead launches the next step bef
 last one, so that the device works while the host deals with tokens.
 """
 
+import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from service.engine.events import EngineEvents
+from service.engine.events import EngineEvents, FaultKind
+from service.engine.faults import Triage, diagnose, release_frames
 from service.engine.model_runner import ModelRunner
-from service.engine.sampled import Sampled
+from service.engine.sampled import Sampled, SampleResult
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Chunk, OutOfPagesError, Scheduler
 from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
 from service.engine.stopping import OutputBuilder
 from service.errors import GenerationError, ServiceError
 from sparse_methods.statistics import RequestStatistics
+
+_log = logging.getLogger(__name__)
+_NOT_NUMBERS = "The model's output for this request is not a number."
 
 
 @dataclass
@@ -79,13 +83,18 @@ class EngineCore:
         self._launched: _Launched | None = None
         self._num_collected_runs = 0
         self._collected_at = 0.0
-        self._at_fault: list[Chunk] = []
+        self._triage = Triage()
         self._updates: dict[Sequence, Update] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self._scheduler.has_work or self._launched is not None
+
+    @property
+    def device_answers(self) -> bool:
+        """Whether the device still computes; asking waits for it."""
+        return self._runner.answers
 
     @property
     def num_running(self) -> int:
@@ -115,7 +124,8 @@ class EngineCore:
 
     def step(self) -> dict[Sequence, Update]:
         """Run one step and return what was added to whom: by it, or running ahead, by the last."""
-        self._updates, self._at_fault = {}, []
+        self._updates = {}
+        self._triage.begin_step()
         previous, self._launched = self._launched, None
         try:
             self._launched = self._launch(may_preempt=previous is None)
@@ -127,19 +137,30 @@ class EngineCore:
             self._collect(launched)
         return self._updates
 
-    def fail_step(self, error: ServiceError) -> dict[Sequence, Update]:
-        """Fail the sequences of the step that just raised; the others go on.
+    def fail_step(self, cause: Exception) -> dict[Sequence, Update]:
+        """Fail whom the step that just raised concerns; the others go on.
 
         Returns what was already added, too: some sequences may have ended.
         """
-        self._events.engine_error()
-        sequences = [chunk.sequence for chunk in self._at_fault if chunk.sequence in self._live]
-        if not self._at_fault:  # the scheduler itself failed: nobody is innocent
-            sequences = list(self._live)
-        for sequence in dict.fromkeys(sequences):
+        verdict = self._triage.judge(cause, self._live, self._runner.num_runs)
+        self._events.engine_error(verdict.kind)
+        for sequence in verdict.failed:
             added = self._updates.get(sequence, Update())
-            self._updates[sequence] = added + self._fail(sequence, error)
+            self._updates[sequence] = added + self._fail(sequence, verdict.error)
+        for sequence in reversed(verdict.restarted):  # each goes to the head of the queue
+            self._scheduler.restart(sequence)
+            self._events.preempted()
+        if verdict.kind is FaultKind.MEMORY:
+            release_frames(cause)
+            self._runner.free_memory()
         return self._updates
+
+    def fail(self, sequence: Sequence, cause: Exception) -> Update:
+        """End a sequence because something that concerns it alone failed."""
+        _log.error("a generation failed", exc_info=cause)
+        kind, error = diagnose(cause)
+        self._events.engine_error(kind)
+        return self._fail(sequence, error)
 
     def fail_all(self, error: ServiceError, reason: str) -> dict[Sequence, Update]:
         """Fail every sequence, as the engine ends."""
@@ -160,52 +181,46 @@ class EngineCore:
             self._events.preempted()
         if not chunks:
             return None
-        with self._answering_for(chunks):
+        with self._triage.repeatable(chunks):
             for chunk in chunks:
                 if chunk.sequence.first_scheduled_at is None:
                     chunk.sequence.first_scheduled_at = launched_at
             logits, completed = self._runner.run(chunks)
+        for chunk in chunks:
+            chunk.sequence.num_computed_tokens = chunk.stop
+        # Random streams may have moved on, so that a token cannot be chosen a second time.
+        with self._triage.unrepeatable([chunk for chunk in chunks if chunk.completes]):
             sampled = self._sampler.sample(logits, completed)
             self._runner.keep_tokens(completed, sampled.token_ids)
-            for chunk in chunks:
-                chunk.sequence.num_computed_tokens = chunk.stop
             for sequence in completed:
                 sequence.num_pending_tokens += 1
         return _Launched(chunks, completed, sampled, self._runner.num_runs, launched_at)
 
     def _collect(self, step: _Launched) -> None:
         """Wait for a step and deal out its tokens to those who still want them."""
-        with self._answering_for(step.chunks):
+        with self._triage.unrepeatable(step.chunks):
             result = step.sampled.result()
             self._num_collected_runs = step.num_runs
             for sequence in step.completed:
                 sequence.num_pending_tokens -= 1
             for index, sequence in enumerate(step.completed):
-                if sequence not in self._live:  # aborted, or ended by the token before
-                    continue
-                if index in result.failed:
-                    self._events.engine_error()
-                    failure = GenerationError(
-                        "The model's output for this request is not a number."
-                    )
-                    self._updates[sequence] = self._fail(sequence, failure)
-                else:
-                    token_id, logprob = result.token_ids[index], result.logprobs[index]
-                    self._updates[sequence] = self._append(sequence, token_id, logprob)
+                if sequence in self._live:  # not aborted, nor ended by the token before
+                    self._updates[sequence] = self._take(sequence, result, index)
             now = time.monotonic()
             seconds = now - max(step.launched_at, self._collected_at)  # no second counts twice
             self._collected_at = now
             num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
             self._events.step(_phase(step.chunks), seconds, num_tokens)
 
-    @contextmanager
-    def _answering_for(self, chunks: list[Chunk]) -> Iterator[None]:
-        """Whatever raises inside is the fault of these chunks."""
+    def _take(self, sequence: Sequence, result: SampleResult, index: int) -> Update:
+        """Deal out the token of one row; what fails here concerns its sequence only."""
         try:
-            yield
-        except BaseException:
-            self._at_fault += chunks
-            raise
+            if index in result.failed:
+                self._events.engine_error(FaultKind.NUMBERS)
+                return self._fail(sequence, GenerationError(_NOT_NUMBERS))
+            return self._append(sequence, result.token_ids[index], result.logprobs[index])
+        except Exception as error:  # noqa: BLE001 - the tokens of the others are dealt out, too
+            return self.fail(sequence, error)
 
     def _append(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> Update:
         progress = self._live[sequence]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from service.engine.core import EngineCore
-from service.engine.events import EngineEvents
+from service.engine.events import EngineEvents, FaultKind
 from service.engine.generation import Generation, GenerationRequest, build_sequence
 from service.engine.kv_cache import PageAllocator
 from service.engine.loop import Address, EngineLoop
@@ -26,6 +26,7 @@ from service.errors import (
     BadRequestError,
     PromptTooLongError,
     QueueFullError,
+    TokenizerError,
     UnavailableError,
 )
 from service.models.calibration_file import load_calibrations
@@ -87,7 +88,7 @@ class Engine:
         self.attention = runner.attention_name
         self.runner = runner
         self.core = self._build_core(runner)
-        self._loop = EngineLoop(self.core)
+        self._loop = EngineLoop(self.core, settings.max_failed_steps)
         self._is_draining = False
         self.self_test: SelfTestReport | None = None
 
@@ -124,6 +125,18 @@ class Engine:
         """Abort whatever runs and end the engine thread."""
         self._is_draining = True
         self._loop.stop()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine thread runs, even if it serves nobody any more."""
+        return self._loop.is_busy
+
+    def watch(self) -> None:
+        """Give the engine up if it hangs; whoever serves calls this again and again."""
+        age_s = self._idle_s
+        if age_s > self.settings.hang_timeout_s and self._loop.is_alive:
+            self.events.engine_error(FaultKind.HANG)
+            self._loop.abandon(f"it has made no progress for {age_s:.0f} s")
 
     def drain(self) -> None:
         """Refuse new work from now on; running generations go on."""
@@ -167,10 +180,12 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """State of the engine, read without waiting."""
-        age_s = time.monotonic() - max(self._loop.heartbeat, self.runner.heartbeat)
+        age_s = self._idle_s
         is_stalled = age_s > self.settings.stall_timeout_s
         reason = ""
-        if not self._loop.is_alive:
+        if self._loop.death:
+            reason = f"the engine cannot go on: {self._loop.death}"
+        elif not self._loop.is_alive:
             reason = "the engine thread is not running"
         elif self._is_draining:
             reason = "the server is draining"
@@ -196,6 +211,11 @@ class Engine:
     def trial_logits(self, prompts: list[list[int]]) -> list[torch.Tensor]:
         """[len, V] logits of each prompt through the packed path, before the thread starts."""
         return packed_logits(self.runner, prompts, self.settings.max_step_tokens)
+
+    @property
+    def _idle_s(self) -> float:
+        """Seconds since the engine last showed that it makes progress."""
+        return time.monotonic() - max(self._loop.heartbeat, self.runner.heartbeat)
 
     def _build_core(self, runner: ModelRunner) -> EngineCore:
         settings = self.settings
@@ -242,7 +262,11 @@ class Engine:
                 f" into the context of {self.max_context_tokens} tokens.",
                 "prompt",
             )
-        return await asyncio.to_thread(self.tokenizer.encode, prompt)
+        try:
+            return await asyncio.to_thread(self.tokenizer.encode, prompt)
+        except TokenizerError:
+            self.events.engine_error(FaultKind.TOKENIZER)
+            raise
 
     def _check_prompt(self, prompt_ids: list[int]) -> None:
         if not prompt_ids:

@@ -1,7 +1,8 @@
 """The engine thread, and the only place where it meets asyncio.
 
 Commands go down through an inbox; after each step all updates go up in one wake-up of the event
-loop. An exception in a step fails the sequences of that step, is counted, and the thread lives on.
+loop. An exception in a step fails those whom it concerns, is counted, and the thread lives on,
+until the device answers no more or nothing but failures comes out.
 """
 
 import asyncio
@@ -13,13 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from service.engine.core import EngineCore
+from service.engine.events import FaultKind
+from service.engine.faults import diagnose
 from service.engine.outbox import Outbox
 from service.engine.sequence import Sequence, Update
-from service.errors import GenerationError, UnavailableError
+from service.errors import UnavailableError
 
 _log = logging.getLogger(__name__)
 _STOPPED = "The server was stopped before the generation ended."
-_FAILED = "The engine failed while it worked on this request."
 _IDLE_WAIT_S = 0.5  # how often an idle engine shows that it is alive
 
 
@@ -33,10 +35,18 @@ class Address:
 
 
 class EngineLoop:
-    """Runs an ``EngineCore`` in a thread of its own."""
+    """Runs an ``EngineCore`` in a thread of its own.
 
-    def __init__(self, core: EngineCore) -> None:
+    Attributes:
+        death: Why the engine cannot go on; empty as long as it can.
+        heartbeat: When the thread last began a step, by the monotonic clock.
+    """
+
+    def __init__(self, core: EngineCore, max_failed_steps: int = 10) -> None:
         self._core = core
+        self._max_failed_steps = max_failed_steps
+        self._num_failed_steps = 0  # in a row, and nobody's fault in particular
+        self.death = ""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._addresses: dict[Sequence, Address] = {}
         self._admission = threading.Lock()  # between a last submission and the end of the thread
@@ -47,7 +57,12 @@ class EngineLoop:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the engine can still serve."""
+        return self._thread.is_alive() and not self.death
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the thread runs, if only to end."""
         return self._thread.is_alive()
 
     @property
@@ -73,6 +88,14 @@ class EngineLoop:
             self._is_closed = True
         waiting = list(self._addresses)
         self._deliver({sequence: Update(error=UnavailableError(_STOPPED)) for sequence in waiting})
+
+    def abandon(self, reason: str) -> None:
+        """Give up a thread that hangs: tell every client, and let it end if it ever comes back."""
+        with self._admission:
+            self._is_closed = True
+            self.death = reason
+        error = UnavailableError(_dead(reason))
+        self._deliver(dict.fromkeys(list(self._addresses), Update(error=error)))
 
     def add(self, sequence: Sequence, address: Address) -> None:
         """Hand a sequence to the engine; its updates go to ``address``.
@@ -100,17 +123,18 @@ class EngineLoop:
         try:
             command()
         except Exception as error:  # noqa: BLE001 - one request must not end the engine
-            _log.error("engine command failed", exc_info=error)
-            self._core.discard(sequence)
-            self._deliver({sequence: Update(error=GenerationError(_FAILED))})
+            self._deliver({sequence: self._core.fail(sequence, error)})
 
     def _run(self) -> None:
         try:
-            while not self._stopping.is_set():
+            while not (self._stopping.is_set() or self.death):
                 self._take_commands()
                 self.heartbeat = time.monotonic()
                 if self._core.has_work:
                     self._deliver(self._step())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, clients must be told
+            _log.critical("the engine thread ends", exc_info=error)
+            self.death = "its thread failed"
         finally:
             self._close()
 
@@ -128,10 +152,10 @@ class EngineLoop:
         """Nobody may wait for an engine that has ended."""
         with self._admission:
             self._is_closed = True
-        failure = UnavailableError(_STOPPED)
+        failure = UnavailableError(_dead(self.death) if self.death else _STOPPED)
         updates: dict[Sequence, Update] = {}
         try:
-            updates = self._core.fail_all(failure, "shutdown")
+            updates = self._core.fail_all(failure, "death" if self.death else "shutdown")
         except Exception as error:  # noqa: BLE001 - whatever is broken, clients are told
             _log.error("the engine did not end cleanly", exc_info=error)
         unheard = dict.fromkeys(list(self._addresses), Update(error=failure))
@@ -139,10 +163,25 @@ class EngineLoop:
 
     def _step(self) -> dict[Sequence, Update]:
         try:
-            return self._core.step()
+            updates = self._core.step()
         except Exception as error:  # noqa: BLE001 - the one frame that keeps the engine alive
             _log.error("engine step failed", exc_info=error)
-            return self._core.fail_step(GenerationError(_FAILED))
+            return self._recover(error)
+        self._num_failed_steps = 0
+        return updates
+
+    def _recover(self, error: Exception) -> dict[Sequence, Update]:
+        """Fail whom the failed step concerns, and decide whether there can be another one."""
+        updates = self._core.fail_step(error)
+        if diagnose(error)[0] is FaultKind.STEP:
+            self._num_failed_steps += 1
+        if not self._core.device_answers:
+            self.death = "the device answers no more"
+        elif self._num_failed_steps >= self._max_failed_steps:
+            self.death = f"{self._num_failed_steps} steps in a row failed"
+        if self.death:
+            _log.critical("the engine cannot go on: %s", self.death)
+        return updates
 
     def _deliver(self, updates: dict[Sequence, Update]) -> None:
         """Send updates up: one wake-up per event loop, however many sequences moved."""
@@ -165,6 +204,10 @@ class EngineLoop:
         for sequence in [s for s, a in list(self._addresses.items()) if a is address]:
             del self._addresses[sequence]
             self._core.abort(sequence, "client")
+
+
+def _dead(reason: str) -> str:
+    return f"The engine cannot go on: {reason}."
 
 
 def _put_all(items: list[tuple[Address, Update]]) -> None:
