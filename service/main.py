@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from service.api import generate, health, methods
 from service.api.errors import install_error_handlers
 from service.api.health import server_version
 from service.api.holder import EngineHolder, LoadEngine
-from service.api.middleware import ApiKeys, RequestContext
+from service.api.middleware import ApiKeys, ConnectionLimit, RequestContext
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -52,6 +53,15 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         keys = [key.get_secret_value() for key in settings.api_keys]
         public = _PROBES if settings.metrics_need_key else _PROBES | {"/metrics"}
         app.add_middleware(ApiKeys, keys=keys, public_paths=public)
+    app.add_middleware(ConnectionLimit, allowed_paths=_PROBES | {"/metrics"})
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Sparse-Method", "X-Sparse-Version"],
+        )
     app.add_middleware(RequestContext, count=metrics.http_request)  # the outermost is added last
     return app
 

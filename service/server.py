@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import math
+import resource
+import socket
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -12,9 +14,11 @@ from fastapi import FastAPI
 from typing_extensions import override
 
 from service.api.holder import EngineHolder
+from service.connection import limited_connections
 from service.settings import Settings
 
 _log = logging.getLogger(__name__)
+_OTHER_FILES = 512  # beside connections: weights, devices, the log, connections for probes
 _FLUSH_S = 5  # for answers that are complete but not yet read
 
 
@@ -39,8 +43,11 @@ class Server(uvicorn.Server):
                 access_log=False,  # and api/middleware.py its lines on requests
                 server_header=False,
                 timeout_graceful_shutdown=_FLUSH_S,
+                http=limited_connections(settings, app.state.metrics.http_request),
+                ws="none",
             )
         )
+        self._max_connections = settings.max_connections
         self._holder: EngineHolder = app.state.holder
         self._announce: Callable[[str], None] | None = announce
         self._drain_timeout_s = settings.shutdown_timeout_s
@@ -48,6 +55,16 @@ class Server(uvicorn.Server):
         self._is_dead = False
         self._drain_until = math.inf
         self.exit_code = 0
+
+    @override
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until the end; every connection is an open file."""
+        needed = self._max_connections + _OTHER_FILES
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < needed:
+            wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        await super().serve(sockets)
 
     @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

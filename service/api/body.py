@@ -4,6 +4,7 @@ FastAPI's own body handling reads everything first and coerces; this one stops a
 no NaN, and names the field at fault.
 """
 
+import asyncio
 import difflib
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import orjson
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from service.api.errors import BodyTooLargeError
+from service.api.errors import BodyTooLargeError, RequestTimeoutError
 from service.errors import BadRequestError
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -23,8 +24,14 @@ def parsed_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
     """Dependency that reads the request body as ``model``."""
 
     async def parse(request: Request) -> Body:
-        limit = request.app.state.settings.max_body_bytes
-        return validate_body(model, await read_json_object(request, limit))
+        limits = request.app.state.settings
+        try:
+            async with asyncio.timeout(limits.client_timeout_s):
+                content = await read_json_object(request, limits.max_body_bytes)
+        except TimeoutError:
+            limit = f"{limits.client_timeout_s:g} s"
+            raise RequestTimeoutError(f"The body took more than {limit} to arrive.") from None
+        return validate_body(model, content)
 
     return parse
 

@@ -36,6 +36,8 @@ from service.models.self_test import SelfTestReport, run_self_test
 from service.settings import Settings
 from sparse_methods import SparseAttentionMethod, get_sparse_method, latest_version
 
+_HANG_FACTOR = 4  # of the time after which the engine counts as stuck
+
 
 @dataclass(frozen=True)
 class EngineStatus:
@@ -88,7 +90,7 @@ class Engine:
         self.attention = runner.attention_name
         self.runner = runner
         self.core = self._build_core(runner)
-        self._loop = EngineLoop(self.core, settings.max_failed_steps)
+        self._loop = EngineLoop(self.core)
         self._is_draining = False
         self.self_test: SelfTestReport | None = None
 
@@ -134,7 +136,7 @@ class Engine:
     def watch(self) -> None:
         """Give the engine up if it hangs; whoever serves calls this again and again."""
         age_s = self._idle_s
-        if age_s > self.settings.hang_timeout_s and self._loop.is_alive:
+        if age_s > _HANG_FACTOR * self.settings.stall_timeout_s and self._loop.is_alive:
             self.events.engine_error(FaultKind.HANG)
             self._loop.abandon(f"it has made no progress for {age_s:.0f} s")
 

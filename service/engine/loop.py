@@ -22,6 +22,7 @@ from service.errors import UnavailableError
 
 _log = logging.getLogger(__name__)
 _STOPPED = "The server was stopped before the generation ended."
+MAX_FAILED_STEPS = 10  # in a row, before the engine is given up
 _IDLE_WAIT_S = 0.5  # how often an idle engine shows that it is alive
 
 
@@ -42,9 +43,8 @@ class EngineLoop:
         heartbeat: When the thread last began a step, by the monotonic clock.
     """
 
-    def __init__(self, core: EngineCore, max_failed_steps: int = 10) -> None:
+    def __init__(self, core: EngineCore) -> None:
         self._core = core
-        self._max_failed_steps = max_failed_steps
         self._num_failed_steps = 0  # in a row, and nobody's fault in particular
         self.death = ""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -177,7 +177,7 @@ class EngineLoop:
             self._num_failed_steps += 1
         if not self._core.device_answers:
             self.death = "the device answers no more"
-        elif self._num_failed_steps >= self._max_failed_steps:
+        elif self._num_failed_steps >= MAX_FAILED_STEPS:
             self.death = f"{self._num_failed_steps} steps in a row failed"
         if self.death:
             _log.critical("the engine cannot go on: %s", self.death)

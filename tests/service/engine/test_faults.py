@@ -301,13 +301,14 @@ def test_a_tokenizer_that_cannot_decode_fails_the_request_only(engine, monkeypat
 
 
 def test_steps_that_fail_in_a_row_end_the_engine(tiny_model_dir, run_ahead, monkeypatch):
-    settings = {"run_ahead": run_ahead, "max_failed_steps": 3}
-    with running(tiny_model_dir, **settings) as one:
+    monkeypatch.setattr("service.engine.loop.MAX_FAILED_STEPS", 3)
+    with running(tiny_model_dir, run_ahead=run_ahead) as one:
+        original = one.runner.run
         monkeypatch.setattr(one.runner, "run", boom)
         for _ in range(2):
             with pytest.raises(GenerationError):
                 run(one, request(prompt_of(5)))
-        monkeypatch.undo()
+        monkeypatch.setattr(one.runner, "run", original)
         run(one, request(prompt_of(5)))  # begins a new row
         monkeypatch.setattr(one.runner, "run", boom)
         for _ in range(2):
@@ -366,7 +367,7 @@ def test_a_thread_that_ends_by_whatever_raises_tells_everybody(tiny_model_dir, m
 def test_a_step_that_hangs_is_given_up_and_its_pages_are_free_if_it_ever_returns(
     tiny_model_dir, run_ahead, monkeypatch
 ):
-    with running(tiny_model_dir, run_ahead=run_ahead, hang_timeout_s=0.2) as one:
+    with running(tiny_model_dir, run_ahead=run_ahead, stall_timeout_s=0.1) as one:
         one.events.kinds = []
         one.events.engine_error = one.events.kinds.append
         goes_on = threading.Event()
@@ -380,9 +381,9 @@ def test_a_step_that_hangs_is_given_up_and_its_pages_are_free_if_it_ever_returns
 
         async def ask():
             async with await one.submit(request(prompt_of(5))) as generation:
-                while not one.status().reason:
-                    await asyncio.sleep(0.01)
-                    one.watch()
+                await asyncio.to_thread(
+                    wait_until, lambda: one.watch() or not one.status().is_alive
+                )
                 async for _ in generation:
                     pass
 
