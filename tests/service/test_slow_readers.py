@@ -59,7 +59,6 @@ def test_who_does_not_read_takes_little_memory_slows_nobody_and_is_let_go() -> N
         engine.words = ("short",)
         answer = httpx.post(address + "/generate", json={"prompt": "p"})
         assert answer.json()["text"] == "short"
-        assert engine.num_running == NUM_STUCK, "nobody has been let go so far"
         wait_until(lambda: engine.num_aborted == NUM_STUCK, 20)
         assert engine.num_running == 0
         assert engine.num_aborted == NUM_STUCK
