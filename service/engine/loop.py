@@ -23,6 +23,7 @@ from service.errors import UnavailableError
 _log = logging.getLogger(__name__)
 _STOPPED = "The server was stopped before the generation ended."
 MAX_FAILED_STEPS = 10  # in a row, before the engine is given up
+_ENDING_S = 0.1  # for a thread that has been given up, and may hang
 _IDLE_WAIT_S = 0.5  # how often an idle engine shows that it is alive
 
 
@@ -83,7 +84,7 @@ class EngineLoop:
         self._stopping.set()
         self._inbox.put(lambda: None)
         if self._thread.is_alive():
-            self._thread.join(timeout_s)
+            self._thread.join(_ENDING_S if self._is_closed else timeout_s)
         with self._admission:
             self._is_closed = True
         waiting = list(self._addresses)
