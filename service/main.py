@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from service.api import generate, health, methods
+from service.api.body import BodyBudget
 from service.api.errors import install_error_handlers
 from service.api.health import server_version
 from service.api.holder import EngineHolder, LoadEngine
@@ -16,6 +17,7 @@ from service.api.middleware import ApiKeys, ConnectionLimit, RequestContext
 from service.metrics import Metrics
 from service.settings import Settings
 
+_BODIES_AT_ONCE = 32  # of the largest size; of smaller ones as many more
 _PROBES = frozenset({"/health", "/health/live", "/health/ready"})
 
 
@@ -45,6 +47,7 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.settings, app.state.metrics, app.state.holder = settings, metrics, holder
+    app.state.body_budget = BodyBudget(_BODIES_AT_ONCE * settings.max_body_bytes)
     metrics.watch(holder.status, lambda: _build_labels(holder))
     install_error_handlers(app)
     for module in (generate, methods, health):

@@ -8,7 +8,8 @@ import asyncio
 import difflib
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import orjson
@@ -16,10 +17,34 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from service.api.errors import BodyTooLargeError, RequestTimeoutError
-from service.errors import BadRequestError
+from service.errors import BadRequestError, QueueFullError
 
 Body = TypeVar("Body", bound=BaseModel)
 _MAX_NAME_CHARACTERS = 64  # of a client's spelling repeated in an error
+
+
+class BodyBudget:
+    """Memory for the bodies that are being read, over all connections, in bytes."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_free = num_bytes
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Room for one body: what is yielded takes some of it, or raises QueueFullError."""
+        num_taken = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal num_taken
+            if num_bytes > self._num_free:
+                raise QueueFullError("Too many large requests come at once; retry later.")
+            self._num_free -= num_bytes
+            num_taken += num_bytes
+
+        try:
+            yield take
+        finally:
+            self._num_free += num_taken
 
 
 def parsed_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
@@ -56,12 +81,15 @@ async def read_json_object(request: Request, limit_bytes: int) -> dict[str, Any]
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > limit_bytes:
         raise too_large
+    budget: BodyBudget = request.app.state.body_budget
     body = bytearray()
-    async for chunk in request.stream():  # a chunked body declares no length
-        body += chunk
-        if len(body) > limit_bytes:
-            raise too_large
-    return _parse_object(bytes(body))
+    with budget.share() as take:
+        async for chunk in request.stream():  # a chunked body declares no length
+            take(len(chunk))
+            body += chunk
+            if len(body) > limit_bytes:
+                raise too_large
+        return _parse_object(bytes(body))
 
 
 def validate_body(model: type[Body], content: dict[str, Any]) -> Body:

@@ -365,3 +365,22 @@ def is_answered(address: str) -> bool:
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(address + "/health/live").status_code == 200
     return False
+
+
+def test_the_memory_for_bodies_that_are_being_read_is_limited():
+    engine = FakeEngine(Settings(max_body_bytes=1024))
+    with running_server(engine) as address, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(address)) for _ in range(40)]
+        for client in clients:
+            client.send(POST.replace(b"15", b"1001") + b" " * 1000)
+        refused = []
+        for client in clients[32:]:
+            received = client.socket.recv(65536)
+            refused += answers(received)
+        assert [answer.status for answer in refused] == [429] * 8
+        assert all(answer.headers["retry-after"] for answer in refused)
+        assert httpx.get(address + "/health").status_code == 200
+        for client in clients[:32]:
+            client.send(b"{")  # complete, though not JSON
+            assert client.socket.recv(65536).startswith(b"HTTP/1.1 400")
+        assert_still_works(address)
