@@ -61,7 +61,7 @@ class Triage:
     def __init__(self) -> None:
         self._repeatable: list[Chunk] = []
         self._unrepeatable: list[Chunk] = []
-        self._last_run_without_memory = -1
+        self._spared_run = -2  # the last one after which nobody failed
 
     def begin_step(self) -> None:
         """Forget the step before."""
@@ -102,11 +102,9 @@ class Triage:
             for chunk in self._repeatable
             if chunk.sequence in live and chunk.sequence not in lost
         ]
-        failed = [chunk.sequence for chunk in chunks]
-        if kind is FaultKind.METHOD and isinstance(error, MethodFaultError):
-            failed = [seq for seq in failed if _is_concerned(seq, error)]
-        elif kind is FaultKind.MEMORY:
-            failed = self._failed_for_memory(chunks, num_run)
+        failed = [chunk.sequence for chunk in chunks if _is_concerned(chunk.sequence, kind, error)]
+        if chunks and not failed:
+            failed = self._failed_for_nobody(chunks, kind, num_run)
         restarted = [
             chunk.sequence
             for chunk in chunks
@@ -114,13 +112,20 @@ class Triage:
         ]
         return Verdict(kind, error, lost + failed, restarted)
 
-    def _failed_for_memory(self, chunks: list[Chunk], num_run: int) -> list[Sequence]:
-        """Nobody the first time, as freeing what is cached may be enough; then the largest."""
-        is_first = self._last_run_without_memory != num_run - 1
-        self._last_run_without_memory = num_run
-        if is_first or not chunks:
+    def _failed_for_nobody(
+        self, chunks: list[Chunk], kind: FaultKind, num_run: int
+    ) -> list[Sequence]:
+        """Who fails if nobody is concerned in particular: nobody, unless the run before failed so.
+
+        Freeing what is cached may be enough, and who was concerned may have ended meanwhile.
+        """
+        is_first = num_run > self._spared_run + 1
+        self._spared_run = num_run
+        if is_first:
             return []
-        return [max(reversed(chunks), key=lambda chunk: chunk.num_tokens).sequence]
+        if kind is FaultKind.MEMORY:
+            return [max(reversed(chunks), key=lambda chunk: chunk.num_tokens).sequence]
+        return [chunk.sequence for chunk in chunks]
 
 
 def release_frames(cause: BaseException) -> None:
@@ -144,8 +149,10 @@ def _is_memory_fault(error: BaseException) -> bool:
     )
 
 
-def _is_concerned(sequence: Sequence, fault: MethodFaultError) -> bool:
-    return sequence.method == fault.method and fault.slot in {None, sequence.slot}
+def _is_concerned(sequence: Sequence, kind: FaultKind, error: ServiceError) -> bool:
+    if isinstance(error, MethodFaultError):
+        return sequence.method == error.method and error.slot in {None, sequence.slot}
+    return kind is not FaultKind.MEMORY
 
 
 def _leaves_traces(method: SparseAttentionMethod) -> bool:

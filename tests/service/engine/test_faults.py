@@ -151,6 +151,33 @@ def test_of_two_prompts_with_the_same_method_only_the_one_that_raises_fails(engi
     same(fine, expected)
 
 
+def test_a_method_that_nobody_runs_is_believed_once(engine, monkeypatch):
+    """Or a step that fails for somebody who is not there would be tried for ever."""
+    nobody = MethodFaultError(get_sparse_method("streaming")({"window_blocks": 7}))
+    original = engine.runner.run
+    monkeypatch.setattr(engine.runner, "run", raise_at(1, nobody)(original))
+    assert len(run(engine, request(prompt_of(20)))[0][0][0]) == 8
+
+    def always(_chunks):
+        engine.runner.num_runs += 1
+        raise nobody
+
+    monkeypatch.setattr(engine.runner, "run", always)
+    with pytest.raises(MethodFaultError):
+        run(engine, request(prompt_of(20)))
+    assert engine.events.kinds == [FaultKind.METHOD] * 3
+
+
+def test_memory_that_is_short_before_a_run_begins_is_not_waited_for_for_ever(engine, monkeypatch):
+    def always(_chunks):
+        raise torch.OutOfMemoryError("before anything ran")
+
+    monkeypatch.setattr(engine.runner, "run", always)
+    with pytest.raises(UnavailableError):
+        run(engine, request(prompt_of(20)))
+    assert engine.events.kinds == [FaultKind.MEMORY] * 2
+
+
 def test_the_first_lack_of_memory_fails_nobody(engine, monkeypatch):
     requests = innocents()
     expected = [run(engine, one)[0] for one in requests]
