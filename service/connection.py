@@ -6,11 +6,13 @@ only good for probes, which must be answered most of all when everything else is
 """
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import httptools
 from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -23,6 +25,7 @@ from service.api.middleware import NO_ROUTE, OVER_LIMIT
 from service.errors import BadRequestError, ServiceError
 from service.settings import Settings
 
+_access_log = logging.getLogger("service.access")
 MAX_HEAD_BYTES = 2**16  # of the request line and the headers together
 MAX_HEADERS = 128
 _MAX_PIPELINED = 16  # requests that wait behind the one being answered
@@ -92,8 +95,14 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
             return
+        self._unset_keepalive_if_required()
         num_messages = self._num_messages
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._decline(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(self._refusal or BadRequestError("This is no valid HTTP/1.1 request."))
         if num_messages == self._num_messages:
             self._count_head(len(data))
 
@@ -118,6 +127,8 @@ class Connection(HttpToolsProtocol):
 
     @override
     def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            self._stop_parser(BadRequestError("This server is no proxy."))
         if self.parser.get_http_version() not in {"1.0", "1.1"}:
             self._stop_parser(BadRequestError("Only HTTP/1.0 and HTTP/1.1 are spoken here."))
         num_bytes = len(self.url) + sum(len(n) + len(v) for n, v in self.headers)
@@ -125,6 +136,8 @@ class Connection(HttpToolsProtocol):
             self._stop_parser(_head_too_large())
         if len(self.pipeline) >= _MAX_PIPELINED:
             self._stop_parser(BadRequestError("Too many requests came before the first answer."))
+        if self.parser.should_upgrade():
+            return
         self._is_in_body = True
         self._num_head_bytes = 0
         self._await_body()
@@ -132,24 +145,31 @@ class Connection(HttpToolsProtocol):
 
     @override
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # the parser takes no body after an offer
         self._is_in_body = False
         self._num_messages += 1
         self._stop_read_timer()
         super().on_message_complete()
 
-    # What uvicorn calls when the parser stopped --------------------------------------------------
-
-    @override
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(self._refusal or BadRequestError("This is not a valid HTTP/1.1 request."))
-
-    @override
-    def _unsupported_upgrade_warning(self) -> None:
-        """Answer in HTTP/1.1, and speak nothing else afterwards."""
-        self._is_deaf = True
-        self.cycle.keep_alive = False
-
     # ---------------------------------------------------------------------------------------------
+
+    def _decline(self, rest: bytes) -> None:
+        """Read a request again without its offer to speak another protocol.
+
+        Some clients offer HTTP/2 with every request, and send its body behind the offer.
+        """
+        version = self.parser.get_http_version().encode()
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
+        for name, value in self.headers:
+            kept = value
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                kept = b", ".join(token for token in tokens if token.lower() == b"close")
+            if kept and name not in {b"upgrade", b"http2-settings"}:
+                lines.append(name + b": " + kept)
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join([*lines, b"", b""]) + rest)
 
     @property
     def _cycle(self) -> RequestResponseCycle | None:
@@ -181,8 +201,8 @@ class Connection(HttpToolsProtocol):
                 return
             cycle.disconnected = True  # the application would wait for the rest of the body
             cycle.message_event.set()
-        response = error_response(error)
-        headers = [*response.raw_headers, (b"x-request-id", secrets.token_hex(16).encode())]
+        response, request_id = error_response(error), secrets.token_hex(16)
+        headers = [*response.raw_headers, (b"x-request-id", request_id.encode())]
         headers = [header for header in headers if header[0] != b"connection"]
         head = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
         status_line = STATUS_LINE[response.status_code]
@@ -190,6 +210,8 @@ class Connection(HttpToolsProtocol):
         self.transport.write(status_line + head + b"connection: close\r\n\r\n" + body)
         self.transport.close()
         self.limits.count(NO_ROUTE, response.status_code)
+        fields = {"request_id": request_id, "route": NO_ROUTE, "status": response.status_code}
+        _access_log.info("request", extra=fields)
 
     def _await_head(self) -> None:
         self._stop_read_timer()

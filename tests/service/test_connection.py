@@ -2,7 +2,9 @@
 
 import contextlib
 import re
+import select
 import socket
+import time
 from dataclasses import dataclass
 
 import httpx
@@ -267,12 +269,25 @@ def test_who_sends_no_more_is_gone_and_what_ran_is_aborted(engine, address, monk
     wait_until(lambda: engine.num_running == 0)
 
 
-def test_an_upgrade_is_not_taken_up(address):
-    for protocol in (b"websocket", b"h2c"):
-        with Client(address) as client:
-            client.send(head(b"Connection: Upgrade", b"Upgrade: " + protocol) + GET)
-            [answer] = client.until_closed()
-        assert answer.status == 200
+@pytest.mark.parametrize("protocol", [b"websocket", b"h2c", b"x"])
+def test_an_upgrade_is_not_taken_up(address, protocol):
+    with Client(address) as client:
+        offer = head(b"Connection: Upgrade", b"Upgrade: " + protocol)
+        last = head(b"Connection: close, Upgrade", b"Upgrade: " + protocol)
+        client.send(offer + GET + offer + last)
+        assert [answer.status for answer in client.until_closed()] == [200] * 4
+
+
+@pytest.mark.parametrize("cut", [0, 5, len(BODY)])
+def test_a_request_that_offers_an_upgrade_keeps_its_body(address, cut):
+    with Client(address) as client:
+        offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA"
+        client.send(POST.replace(b"Host: x", offer) + BODY[:cut])
+        time.sleep(0.05)  # so that the rest comes by itself
+        client.send(BODY[cut:] + GET.replace(b"Host: x", b"Connection: close"))
+        given = client.until_closed()
+    assert orjson.loads(given[0].body)["text"] == "Once upon a time"
+    assert given[1].status == 200
 
 
 def test_expecting_to_be_told_to_go_on_is_told_so(address):
@@ -309,7 +324,9 @@ def test_a_path_is_a_route_only_if_it_is_spelt_as_one(address, path):
     assert b"passwd" not in answer.body
 
 
-def test_answers_without_an_application_are_counted(address):
+def test_answers_without_an_application_are_counted_and_logged(address, caplog):
+    caplog.set_level("INFO", "service.access")
+
     def count(code: int) -> float:
         text = httpx.get(address + "/metrics").text
         found = re.search(rf'http_requests_total{{code="{code}",route="<none>"}} (\S+)', text)
@@ -318,8 +335,10 @@ def test_answers_without_an_application_are_counted(address):
     before = count(400)
     with Client(address) as client:
         client.send(b"hello\r\n\r\n")
-        client.until_closed()
+        [answer] = client.until_closed()
     assert count(400) == before + 1
+    logged = [vars(record).get("request_id") for record in caplog.records]
+    assert answer.headers["x-request-id"] in logged
 
 
 def test_connections_beyond_the_limit_are_good_for_probes_only():
@@ -367,20 +386,27 @@ def is_answered(address: str) -> bool:
     return False
 
 
+def readable(clients: list[Client]) -> list[Client]:
+    by_socket = {client.socket: client for client in clients}
+    return [by_socket[one] for one in select.select(list(by_socket), [], [], 0)[0]]
+
+
 def test_the_memory_for_bodies_that_are_being_read_is_limited():
     engine = FakeEngine(Settings(max_body_bytes=1024))
     with running_server(engine) as address, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client(address)) for _ in range(40)]
         for client in clients:
             client.send(POST.replace(b"15", b"1001") + b" " * 1000)
-        refused = []
-        for client in clients[32:]:
-            received = client.socket.recv(65536)
-            refused += answers(received)
-        assert [answer.status for answer in refused] == [429] * 8
-        assert all(answer.headers["retry-after"] for answer in refused)
+        wait_until(lambda: len(readable(clients)) == 8)
+        refused = readable(clients)
+        for client in refused:
+            [answer] = answers(client.socket.recv(65536))
+            assert (answer.status, answer.error_type) == (429, "TooManyRequestsError")
+            assert answer.headers["retry-after"]
         assert httpx.get(address + "/health").status_code == 200
-        for client in clients[:32]:
+        for client in clients:
+            if client in refused:
+                continue
             client.send(b"{")  # complete, though not JSON
             assert client.socket.recv(65536).startswith(b"HTTP/1.1 400")
         assert_still_works(address)
