@@ -138,7 +138,7 @@ class Metrics:
         self._kv_dense.inc(finish.statistics.overall.kv_bytes_dense)
 
     def aborted(self, reason: str) -> None:
-        """A generation was aborted: client or shutdown."""
+        """A generation was aborted: client, shutdown or death."""
         self._aborted.labels(reason).inc()
 
     def first_token(self, sequence: Sequence, seconds: float) -> None:

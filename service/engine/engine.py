@@ -22,6 +22,7 @@ from service.engine.sizing import num_pages
 from service.engine.stopping import OutputBuilder
 from service.engine.tokenizer import Tokenizer
 from service.engine.trial import packed_logits
+from service.engine.watchdog import Watchdog
 from service.errors import (
     BadRequestError,
     PromptTooLongError,
@@ -92,6 +93,7 @@ class Engine:
         self.core = self._build_core(runner)
         self._loop = EngineLoop(self.core)
         self._is_draining = False
+        self._watchdog = Watchdog(_HANG_FACTOR * settings.stall_timeout_s)
         self.self_test: SelfTestReport | None = None
 
     @classmethod
@@ -136,7 +138,7 @@ class Engine:
     def watch(self) -> None:
         """Give the engine up if it hangs; whoever serves calls this again and again."""
         age_s = self._idle_s
-        if age_s > _HANG_FACTOR * self.settings.stall_timeout_s and self._loop.is_alive:
+        if self._watchdog.bites(age_s) and self._loop.is_alive:
             self.events.engine_error(FaultKind.HANG)
             self._loop.abandon(f"it has made no progress for {age_s:.0f} s")
 

@@ -33,7 +33,7 @@ class EngineEvents(Protocol):
         """A generation ended, aborted ones included."""
 
     def aborted(self, reason: str) -> None:
-        """A generation was aborted: client or shutdown."""
+        """A generation was aborted: client, shutdown or death."""
 
     def first_token(self, sequence: Sequence, seconds: float) -> None:
         """A generation's first token came this long after its arrival."""
