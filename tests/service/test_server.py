@@ -79,7 +79,7 @@ def test_probes_are_answered_while_a_step_stands_still(tiny_model_dir):
 
 
 def test_a_stuck_engine_is_not_ready_and_is_again_once_it_goes_on(tiny_model_dir):
-    blocked = Blocked(tiny_model_dir, stall_timeout_s=1.5)
+    blocked = Blocked(tiny_model_dir, stall_timeout_s=4)
     with serving(blocked.settings, blocked.load) as (_, address, _):
         thread, answers = ask_in_background(address)
         assert blocked.is_inside.wait(20)
