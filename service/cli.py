@@ -43,6 +43,9 @@ _HTTP_ONLY = (
     "port",
     "metrics_need_key",
     "max_body_bytes",
+    "max_connections",
+    "client_timeout_s",
+    "exit_on_engine_death",
     "shutdown_timeout_s",
 )
 

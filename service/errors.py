@@ -9,6 +9,8 @@ ServiceError
 ├── UnavailableError           loading, draining or dead; retry later
 │   └── QueueTimeoutError      waited in vain until its deadline
 ├── GenerationError            the engine failed while it worked on this request
+│   ├── TokenizerError         the tokenizer could not read or write its text
+│   └── MethodFaultError       its method raised (service/models/method_fault.py)
 └── ModelNotSupportedError     the model cannot be served; raised at load
 """
 
@@ -62,6 +64,10 @@ class QueueTimeoutError(UnavailableError):
 
 class GenerationError(ServiceError):
     """The engine failed while it worked on this request."""
+
+
+class TokenizerError(GenerationError):
+    """The tokenizer failed on the text or the tokens of this request."""
 
 
 class ModelNotSupportedError(ServiceError):

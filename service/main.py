@@ -7,17 +7,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from service.api import generate, health, methods, running
+from service.api.body import BodyBudget
 from service.api.errors import install_error_handlers
 from service.api.health import server_version
 from service.api.holder import EngineHolder, LoadEngine
-from service.api.middleware import ApiKeys, RequestContext
+from service.api.middleware import ApiKeys, ConnectionLimit, RequestContext
 from service.api.openai import chat, completions, models, tokens
 from service.api.running import RunningRequests
 from service.metrics import Metrics
 from service.settings import Settings
 
+_BODIES_AT_ONCE = 32  # of the largest size; of smaller ones as many more
 _PROBES = frozenset({"/health", "/health/live", "/health/ready"})
 
 
@@ -48,6 +51,7 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
     )
     app.state.settings, app.state.metrics, app.state.holder = settings, metrics, holder
     app.state.running, app.state.started_at = RunningRequests(), int(time.time())
+    app.state.body_budget = BodyBudget(_BODIES_AT_ONCE * settings.max_body_bytes)
     metrics.watch(holder.status, lambda: _build_labels(holder))
     install_error_handlers(app)
     for module in (generate, completions, chat, models, tokens, methods, running, health):
@@ -56,6 +60,15 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         keys = [key.get_secret_value() for key in settings.api_keys]
         public = _PROBES if settings.metrics_need_key else _PROBES | {"/metrics"}
         app.add_middleware(ApiKeys, keys=keys, public_paths=public)
+    app.add_middleware(ConnectionLimit, allowed_paths=_PROBES | {"/metrics"})
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Sparse-Method", "X-Sparse-Version"],
+        )
     app.add_middleware(RequestContext, count=metrics.http_request)  # the outermost is added last
     return app
 

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from service.engine.engine import EngineStatus
+from service.engine.events import FaultKind
 from service.engine.sequence import Finish, Sequence
 from sparse_methods import Phase, get_sparse_method, list_sparse_methods
 
@@ -65,7 +66,11 @@ class Metrics:
         counter, histogram = self._counter, self._histogram
         self._preemptions = counter("preemptions", "Generations that gave way.")
         self._aborted = counter("aborted_requests", "Generations aborted.", ("reason",))
-        self._engine_errors = counter("engine_errors", "Steps or generations that failed.")
+        self._engine_errors = counter(
+            "engine_errors", "Steps or generations that failed.", ("kind",)
+        )
+        for kind in FaultKind:  # a rate needs a series before the first error
+            self._engine_errors.labels(kind.value)
         self._step_seconds = histogram(
             "engine_step_seconds", "Length of an engine step.", _SHORT_S, ("phase",)
         )
@@ -107,9 +112,9 @@ class Metrics:
         """A running generation gave way and will be recomputed."""
         self._preemptions.inc()
 
-    def engine_error(self) -> None:
-        """A step failed."""
-        self._engine_errors.inc()
+    def engine_error(self, kind: FaultKind) -> None:
+        """A step or a generation failed."""
+        self._engine_errors.labels(kind.value).inc()
 
     def finished(self, sequence: Sequence, finish: Finish) -> None:
         """A generation ended, aborted ones included."""
@@ -133,7 +138,7 @@ class Metrics:
         self._kv_dense.inc(finish.statistics.overall.kv_bytes_dense)
 
     def aborted(self, reason: str) -> None:
-        """A generation was aborted: client, cancelled or shutdown."""
+        """A generation was aborted: client, cancelled, deadline, shutdown or death."""
         self._aborted.labels(reason).inc()
 
     def first_token(self, sequence: Sequence, seconds: float) -> None:

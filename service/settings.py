@@ -85,8 +85,25 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         8 * 2**20, ge=1024, le=2**30, description="Largest request body accepted."
     )
+    max_connections: int = Field(
+        1024, ge=1, description="Connections served; a few more are kept for probes."
+    )
+    client_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds a client may take to send a request's head, its body, or to read on.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Origins whose pages may call this server, comma-separated."
+    )
     stall_timeout_s: float = Field(
-        30.0, gt=0, description="Seconds without progress after which the engine counts as stuck."
+        30.0,
+        gt=0,
+        description="Seconds without progress after which the engine counts as stuck; after four"
+        " times as long it is given up.",
+    )
+    exit_on_engine_death: bool = Field(
+        default=True, description="Whether the process ends once the engine cannot go on."
     )
     shutdown_timeout_s: float = Field(
         30.0, ge=0, description="Seconds running requests may take to finish after SIGTERM."
@@ -95,12 +112,12 @@ class Settings(BaseSettings):
         "info", description="Least severe records that are logged."
     )
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
-        """The environment holds the keys in one string, separated by commas."""
+    def _split(cls, value: object) -> object:
+        """The environment holds several values in one string, separated by commas."""
         if isinstance(value, str):
-            return tuple(key.strip() for key in value.split(",") if key.strip())
+            return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
     @model_validator(mode="after")

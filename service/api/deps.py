@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from service.api.schemas import MethodFields, SamplingFields, SchedulingFields
 from service.engine.engine import Engine
 from service.engine.generation import Generation, GenerationRequest
 from service.errors import BadRequestError
-from sparse_methods import SparseAttentionMethod, get_sparse_method
+from sparse_methods import SparseAttentionMethod, SparseMethodError, get_sparse_method
 
 _MAX_ECHO = 64  # characters of a client's spelling repeated in an error
 
@@ -74,6 +74,9 @@ def query_method(
             )
         if len(request.query_params.getlist(name)) > 1:
             raise BadRequestError(f"The query parameter {name!r} is given more than once.", name)
+    if method is not None:  # so that a refusal of the body says, too, which method it was for
+        with suppress(SparseMethodError):
+            _announce(request, get_sparse_method(method, version))
     return MethodQuery(method, version)
 
 
@@ -101,9 +104,7 @@ def choose_method(
             " setting allow_evaluation_methods.",
             "method",
         )
-    headers = request.state.response_headers
-    headers["X-Sparse-Method"] = cls.registered_name
-    headers["X-Sparse-Version"] = cls.registered_version
+    _announce(request, cls)
     method = engine.calibrated(cls(body.method_params))
     method.check_servable(engine.settings.block_size)
     if query.method is not None or (query.version is not None and body.method is None):
@@ -134,6 +135,13 @@ async def submit(
     )
     async with running(request, engine, work) as generation:
         yield Submission(work.request_id, engine, chosen, generation)
+
+
+def _announce(request: Request, cls: type[SparseAttentionMethod]) -> None:
+    """Put a method into the headers of the answer."""
+    headers = request.state.response_headers
+    headers["X-Sparse-Method"] = cls.registered_name
+    headers["X-Sparse-Version"] = cls.registered_version
 
 
 def _agreed(field: str, in_query: str | None, in_body: str | None) -> str | None:

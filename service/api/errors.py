@@ -3,6 +3,8 @@
 ServiceError (service/errors.py)
 ├── BadRequestError
 │   ├── BodyTooLargeError      the body is longer than the server takes
+│   ├── HeadTooLargeError      the request line and the headers are
+│   ├── RequestTimeoutError    the request took too long to arrive
 │   └── ClientGoneError        the client left; nobody reads this answer
 """
 
@@ -41,6 +43,14 @@ class BodyTooLargeError(BadRequestError):
     """The request body is longer than the server takes."""
 
 
+class HeadTooLargeError(BadRequestError):
+    """The request line and the headers are longer than the server takes."""
+
+
+class RequestTimeoutError(BadRequestError):
+    """The request took too long to arrive."""
+
+
 class ClientGoneError(BadRequestError):
     """The client left before its answer was ready; the answer only ends the request."""
 
@@ -62,6 +72,8 @@ class ErrorResponse(BaseModel):
 
 _STATUSES: tuple[tuple[type[Exception], int], ...] = (  # the first class that fits decides
     (BodyTooLargeError, 413),
+    (HeadTooLargeError, 431),
+    (RequestTimeoutError, 408),
     (ClientGoneError, 499),
     (BadRequestError, 400),
     (UnauthorizedError, 401),
@@ -76,13 +88,16 @@ _TYPES = {
     401: "UnauthorizedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "PayloadTooLargeError",
     429: "TooManyRequestsError",
+    431: "HeadTooLargeError",
     499: "ClientGoneError",
     503: "ServiceUnavailableError",
 }
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},
     413: {"Connection": "close"},  # what is left of the body is not read
     429: {"Retry-After": "1"},
     500: {"X-Should-Retry": "false"},  # or OpenAI's clients would send the same request thrice

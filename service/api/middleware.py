@@ -15,13 +15,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import error_response
-from service.errors import UnauthorizedError
+from service.errors import QueueFullError, UnauthorizedError
 from service.logs import current_request_id
 
 _access_log = logging.getLogger("service.access")
 _log = logging.getLogger(__name__)
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_NO_ROUTE = "<none>"  # never the raw path: it is the client's text
+OVER_LIMIT = "is_over_limit"  # in the state of connections that are only good for probes
+NO_ROUTE = "<none>"  # never the raw path: it is the client's text
 
 
 class RequestContext:
@@ -61,7 +62,7 @@ class RequestContext:
             current_request_id.reset(context)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", _NO_ROUTE)
+        route = getattr(scope.get("route"), "path", NO_ROUTE)
         status = status or 499  # the client left before an answer began
         self._count(route, status)
         fields = {
@@ -71,6 +72,24 @@ class RequestContext:
             "duration_s": round(seconds, 6),
         }
         _access_log.info("request", extra=fields)
+
+
+class ConnectionLimit:
+    """Refuses what comes over a connection beyond the limit, unless its path is a probe's."""
+
+    def __init__(self, app: ASGIApp, allowed_paths: frozenset[str]) -> None:
+        self._app = app
+        self._allowed_paths = allowed_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        is_over = scope["type"] == "http" and scope["state"].get(OVER_LIMIT, False)
+        if is_over and scope["path"] not in self._allowed_paths:
+            response = error_response(QueueFullError("Too many connections; retry later."))
+            response.headers["Connection"] = "close"
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 class ApiKeys:

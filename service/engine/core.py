@@ -5,55 +5,25 @@ which waits for its tokens. An engine that runs ahead launches the next step bef
 last one, so that the device works while the host deals with tokens.
 """
 
+import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from service.engine.deadlines import Deadlines
-from service.engine.events import EngineEvents
+from service.engine.events import EngineEvents, FaultKind
+from service.engine.faults import Triage, diagnose, release_frames
+from service.engine.launched import Launched, Progress
 from service.engine.model_runner import ModelRunner
-from service.engine.prompt_logprobs import PromptReport
-from service.engine.sampled import Sampled, no_token_error
+from service.engine.sampled import SampleResult, no_token_error
 from service.engine.sampler import Sampler
-from service.engine.scheduler import Chunk, OutOfPagesError, Scheduler
+from service.engine.scheduler import OutOfPagesError, Scheduler
 from service.engine.sequence import Finish, FinishReason, Sequence, TokenLogprob, Update
 from service.engine.stopping import OutputBuilder
 from service.errors import QueueTimeoutError, ServiceError
 from sparse_methods.statistics import RequestStatistics
 
 _EXPIRED = "The request waited for its turn until its time was up. Retry later."
-
-
-@dataclass
-class _Progress:
-    """What only a live sequence needs: its text so far, and when its last token came."""
-
-    text: OutputBuilder
-    last_token_at: float | None = None
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A step that the device may still be working on.
-
-    Attributes:
-        completed: Sequences that get a token, in the order of ``sampled``.
-        num_runs: Runs begun so far, this step's own included.
-    """
-
-    chunks: list[Chunk]
-    completed: list[Sequence]
-    prompts: list[PromptReport]
-    sampled: Sampled
-    num_runs: int
-    launched_at: float
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether what may come next depends on tokens that only the device knows yet."""
-        return any(sequence.matcher is not None for sequence in self.completed)
+_log = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -83,14 +53,14 @@ class EngineCore:
         self._sampler = sampler
         self._events = events
         self._text_output = text_output
-        self._live: dict[Sequence, _Progress] = {}
+        self._live: dict[Sequence, Progress] = {}
         self._runs_ahead = runs_ahead
         if runs_ahead:
             runner.keep_statistics()
-        self._launched: _Launched | None = None
+        self._launched: Launched | None = None
         self._num_collected_runs = 0
         self._collected_at = 0.0
-        self._at_fault: list[Chunk] = []
+        self._triage = Triage()
         self._updates: dict[Sequence, Update] = {}
         self._deadlines = Deadlines()
 
@@ -98,6 +68,11 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self._scheduler.has_work or self._launched is not None
+
+    @property
+    def device_answers(self) -> bool:
+        """Whether the device still computes; asking waits for it."""
+        return self._runner.answers
 
     @property
     def num_running(self) -> int:
@@ -127,7 +102,7 @@ class EngineCore:
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in."""
         self._deadlines.watch(sequence)
-        self._live[sequence] = _Progress(self._text_output(sequence))
+        self._live[sequence] = Progress(self._text_output(sequence))
         self._scheduler.add(sequence)
 
     def abort(self, sequence: Sequence, reason: str) -> None:
@@ -147,7 +122,8 @@ class EngineCore:
 
     def step(self) -> dict[Sequence, Update]:
         """Run one step and return what was added to whom: by it, or running ahead, by the last."""
-        self._updates, self._at_fault = {}, []
+        self._updates = {}
+        self._triage.begin_step()
         self._expire()
         previous, self._launched = self._launched, None
         if previous is not None and previous.is_awaited:
@@ -173,19 +149,30 @@ class EngineCore:
             error = None if has_run else QueueTimeoutError(_EXPIRED)
             self._updates[sequence] = Update(text, finish=finish if has_run else None, error=error)
 
-    def fail_step(self, error: ServiceError) -> dict[Sequence, Update]:
-        """Fail the sequences of the step that just raised; the others go on.
+    def fail_step(self, cause: Exception) -> dict[Sequence, Update]:
+        """Fail whom the step that just raised concerns; the others go on.
 
         Returns what was already added, too: some sequences may have ended.
         """
-        self._events.engine_error()
-        sequences = [chunk.sequence for chunk in self._at_fault if chunk.sequence in self._live]
-        if not self._at_fault:  # the scheduler itself failed: nobody is innocent
-            sequences = list(self._live)
-        for sequence in dict.fromkeys(sequences):
+        verdict = self._triage.judge(cause, self._live, self._runner.num_runs)
+        self._events.engine_error(verdict.kind)
+        for sequence in verdict.failed:
             added = self._updates.get(sequence, Update())
-            self._updates[sequence] = added + self._fail(sequence, error)
+            self._updates[sequence] = added + self._fail(sequence, verdict.error)
+        for sequence in reversed(verdict.restarted):  # each goes to the head of the queue
+            self._scheduler.restart(sequence)
+            self._events.preempted()
+        if verdict.kind is FaultKind.MEMORY:
+            release_frames(cause)
+            self._runner.free_memory()
         return self._updates
+
+    def fail(self, sequence: Sequence, cause: Exception) -> Update:
+        """End a sequence because something that concerns it alone failed."""
+        _log.error("a generation failed", exc_info=cause)
+        kind, error = diagnose(cause)
+        self._events.engine_error(kind)
+        return self._fail(sequence, error)
 
     def fail_all(self, error: ServiceError, reason: str) -> dict[Sequence, Update]:
         """Fail every sequence, as the engine ends."""
@@ -195,7 +182,7 @@ class EngineCore:
             self._events.aborted(reason)
         return {sequence: self._fail(sequence, error) for sequence in sequences}
 
-    def _launch(self, *, may_preempt: bool) -> _Launched | None:
+    def _launch(self, *, may_preempt: bool) -> Launched | None:
         """Ask the next step of the device; None if there is nothing to run, or not yet."""
         launched_at = time.monotonic()
         try:
@@ -206,22 +193,24 @@ class EngineCore:
             self._events.preempted()
         if not chunks:
             return None
-        with self._answering_for(chunks):
+        with self._triage.repeatable(chunks):
             for chunk in chunks:
                 if chunk.sequence.first_scheduled_at is None:
                     chunk.sequence.first_scheduled_at = launched_at
             logits, completed = self._runner.run(chunks)
             prompts = self._sampler.report_prompts(logits[len(completed) :], chunks)
+        self._scheduler.advance(chunks)
+        # Random streams may have moved on, so that a token cannot be chosen a second time.
+        with self._triage.unrepeatable([chunk for chunk in chunks if chunk.completes]):
             sampled = self._sampler.sample(logits[: len(completed)], completed)
             self._runner.keep_tokens(completed, sampled.token_ids)
-            self._scheduler.advance(chunks)
             for sequence in completed:
                 sequence.num_pending_tokens += 1
-        return _Launched(chunks, completed, prompts, sampled, self._runner.num_runs, launched_at)
+        return Launched(chunks, completed, prompts, sampled, self._runner.num_runs, launched_at)
 
-    def _collect(self, step: _Launched) -> None:
+    def _collect(self, step: Launched) -> None:
         """Wait for a step and deal out its tokens to those who still want them."""
-        with self._answering_for(step.chunks):
+        with self._triage.unrepeatable(step.chunks):
             result = step.sampled.result()
             self._num_collected_runs = step.num_runs
             for report in step.prompts:
@@ -230,31 +219,24 @@ class EngineCore:
             for sequence in step.completed:
                 sequence.num_pending_tokens -= 1
             for index, sequence in enumerate(step.completed):
-                if sequence not in self._live:  # aborted, or ended by the token before
-                    continue
-                if index in result.failed:
-                    self._events.engine_error()
-                    self._updates[sequence] = self._fail(sequence, no_token_error(sequence))
-                else:
-                    token_id, logprob = result.token_ids[index], result.logprobs[index]
-                    self._updates[sequence] = self._append(sequence, token_id, logprob)
+                if sequence in self._live:  # not aborted, nor ended by the token before
+                    self._updates[sequence] = self._take(sequence, result, index)
             now = time.monotonic()
             seconds = now - max(step.launched_at, self._collected_at)  # no second counts twice
             self._collected_at = now
-            num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
-            phase = _phase(step.chunks)
-            if phase != "decode":
-                self._scheduler.prompts.note_pace(num_tokens, seconds)
-            self._events.step(phase, seconds, num_tokens)
+            if step.phase != "decode":
+                self._scheduler.prompts.note_pace(step.num_tokens, seconds)
+            self._events.step(step.phase, seconds, step.num_tokens)
 
-    @contextmanager
-    def _answering_for(self, chunks: list[Chunk]) -> Iterator[None]:
-        """Whatever raises inside is the fault of these chunks."""
+    def _take(self, sequence: Sequence, result: SampleResult, index: int) -> Update:
+        """Deal out the token of one row; what fails here concerns its sequence only."""
         try:
-            yield
-        except BaseException:
-            self._at_fault += chunks
-            raise
+            if index in result.failed:
+                self._events.engine_error(FaultKind.NUMBERS)
+                return self._fail(sequence, no_token_error(sequence))
+            return self._append(sequence, result.token_ids[index], result.logprobs[index])
+        except Exception as error:  # noqa: BLE001 - the tokens of the others are dealt out, too
+            return self.fail(sequence, error)
 
     def _append(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> Update:
         progress = self._live[sequence]
@@ -305,10 +287,3 @@ class EngineCore:
         """Free what a sequence owns and say nothing; one that is unknown is left alone."""
         self._scheduler.remove(sequence)
         self._live.pop(sequence, None)
-
-
-def _phase(chunks: list[Chunk]) -> str:
-    is_decode = [chunk.start >= chunk.sequence.num_prompt_tokens for chunk in chunks]
-    if all(is_decode):
-        return "decode"
-    return "mixed" if any(is_decode) else "prefill"

@@ -10,7 +10,7 @@ import torch
 
 from service.engine.admission import Admission
 from service.engine.core import EngineCore
-from service.engine.events import EngineEvents
+from service.engine.events import EngineEvents, FaultKind
 from service.engine.generation import (
     Generation,
     GenerationRequest,
@@ -19,17 +19,20 @@ from service.engine.generation import (
 )
 from service.engine.grammar import GrammarCompiler
 from service.engine.kv_cache import PageAllocator
-from service.engine.loop import Address, EngineLoop, Outbox
+from service.engine.loop import Address, EngineLoop
 from service.engine.model_runner import ModelRunner
+from service.engine.outbox import Outbox
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Limits, Scheduler
 from service.engine.sizing import num_pages
 from service.engine.stopping import OutputBuilder
 from service.engine.tokenizer import Tokenizer
 from service.engine.trial import packed_logits
+from service.engine.watchdog import Watchdog
 from service.errors import (
     BadRequestError,
     PromptTooLongError,
+    TokenizerError,
     UnavailableError,
 )
 from service.models.calibration_file import load_calibrations
@@ -38,6 +41,8 @@ from service.models.loading import LoadedModel, load_model
 from service.models.self_test import SelfTestReport, run_self_test
 from service.settings import Settings
 from sparse_methods import SparseAttentionMethod, get_sparse_method, latest_version
+
+_HANG_FACTOR = 4  # of the time after which the engine counts as stuck
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Engine:
         self._loop = EngineLoop(self.core)
         self._admission = Admission(settings, capacity, self.core, self._loop)
         self._is_draining = False
+        self._watchdog = Watchdog(_HANG_FACTOR * settings.stall_timeout_s)
         self.self_test: SelfTestReport | None = None
 
     @classmethod
@@ -131,6 +137,18 @@ class Engine:
         """Abort whatever runs and end the engine thread."""
         self._is_draining = True
         self._loop.stop()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine thread runs, even if it serves nobody any more."""
+        return self._loop.is_busy
+
+    def watch(self) -> None:
+        """Give the engine up if it hangs; whoever serves calls this again and again."""
+        age_s = self._idle_s
+        if self._watchdog.bites(age_s) and self._loop.is_alive:
+            self.events.engine_error(FaultKind.HANG)
+            self._loop.abandon(f"it has made no progress for {age_s:.0f} s")
 
     def drain(self) -> None:
         """Refuse new work from now on; running generations go on."""
@@ -179,10 +197,12 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """State of the engine, read without waiting."""
-        age_s = time.monotonic() - max(self._loop.heartbeat, self.runner.heartbeat)
+        age_s = self._idle_s
         is_stalled = age_s > self.settings.stall_timeout_s
         reason = ""
-        if not self._loop.is_alive:
+        if self._loop.death:
+            reason = f"the engine cannot go on: {self._loop.death}"
+        elif not self._loop.is_alive:
             reason = "the engine thread is not running"
         elif self._is_draining:
             reason = "the server is draining"
@@ -208,6 +228,11 @@ class Engine:
     def trial_logits(self, prompts: list[list[int]]) -> list[torch.Tensor]:
         """[len, V] logits of each prompt through the packed path, before the thread starts."""
         return packed_logits(self.runner, prompts, self.settings.max_step_tokens)
+
+    @property
+    def _idle_s(self) -> float:
+        """Seconds since the engine last showed that it makes progress."""
+        return time.monotonic() - max(self._loop.heartbeat, self.runner.heartbeat)
 
     def _build_core(self, runner: ModelRunner) -> EngineCore:
         settings = self.settings
@@ -250,9 +275,13 @@ class Engine:
                 f" into the context of {self.max_context_tokens} tokens.",
                 "prompt",
             )
-        return await asyncio.to_thread(
-            self.tokenizer.encode, prompt, adds_special_tokens=request.adds_special_tokens
-        )
+        try:
+            return await asyncio.to_thread(
+                self.tokenizer.encode, prompt, adds_special_tokens=request.adds_special_tokens
+            )
+        except TokenizerError:
+            self.events.engine_error(FaultKind.TOKENIZER)
+            raise
 
     def _check_prompt(self, prompt_ids: list[int]) -> None:
         if not prompt_ids:

@@ -10,7 +10,8 @@ from typing import Self
 
 import torch
 
-from service.engine.loop import EngineLoop, Outbox
+from service.engine.loop import EngineLoop
+from service.engine.outbox import Outbox
 from service.engine.prefix import PrefixKeys
 from service.engine.sequence import SamplingParams, Sequence, Update
 from service.errors import BadRequestError

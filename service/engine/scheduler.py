@@ -143,6 +143,11 @@ class Scheduler:
         for sequence in sequences:
             self._pages.retract(sequence)
 
+    def restart(self, sequence: Sequence) -> None:
+        """Send a sequence, if it runs, back to the head of the queue, to be computed anew."""
+        if sequence in self.running:
+            self._preempt(sequence)
+
     def schedule(self, *, may_preempt: bool = True) -> list[Chunk]:
         """Pick the next step's work; sequences that gave way are listed in ``preempted``.
 

@@ -20,14 +20,23 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class Server:
-    """A running ``sparseserve serve``."""
+    """A running ``sparseserve serve``.
 
-    def __init__(self, *options, env=None):
+    Args:
+        env: Added to the environment.
+        port: Where it listens; a free one if not given.
+        prelude: Python that breaks something first.
+    """
+
+    def __init__(self, *options, env=None, port=None, prelude=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+            self.port = port or free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(self.port)]
+        program = ["-m", "service.cli"]
+        if prelude is not None:
+            program = ["-c", f"{prelude}\nfrom service.cli import app\napp()"]
+        command = [sys.executable, *program, "serve", "--port", str(self.port)]
         # A file, because a pipe that nobody reads would stop the server.
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the server
         self.process = subprocess.Popen(
@@ -111,8 +120,8 @@ def start_server():
     """Start servers of one's own; all are stopped at the end."""
     started = []
 
-    def start(*options, env=None):
-        started.append(Server(*options, env=env))
+    def start(*options, **kwargs):
+        started.append(Server(*options, **kwargs))
         return started[-1]
 
     yield start

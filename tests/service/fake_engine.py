@@ -159,6 +159,13 @@ class FakeEngine:
             num_pages_used=16,
         )
 
+    @property
+    def is_busy(self) -> bool:
+        return self.is_alive
+
+    def watch(self) -> None:
+        pass
+
     def start(self) -> None:
         self.is_alive = True
         self.is_draining = self.is_stopped = False  # a test may serve one engine twice

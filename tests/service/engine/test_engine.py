@@ -43,7 +43,7 @@ class Counting(NoEvents):
     def preempted(self):
         self.num_preempted += 1
 
-    def engine_error(self):
+    def engine_error(self, kind):
         self.num_errors += 1
 
     def aborted(self, reason):
