@@ -42,6 +42,7 @@ _HTTP_ONLY = (
     "host",
     "port",
     "metrics_need_key",
+    "vllm_metric_aliases",
     "max_body_bytes",
     "shutdown_timeout_s",
 )

@@ -45,6 +45,8 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
     )
     app.state.settings, app.state.metrics, app.state.holder = settings, metrics, holder
     metrics.watch(holder.status, lambda: _build_labels(holder))
+    if settings.vllm_metric_aliases:
+        metrics.alias_for_vllm(holder.status, lambda: _model_name(holder), settings.block_size)
     install_error_handlers(app)
     for module in (generate, methods, health):
         app.include_router(module.router)
@@ -54,6 +56,10 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         app.add_middleware(ApiKeys, keys=keys, public_paths=public)
     app.add_middleware(RequestContext, count=metrics.http_request)  # the outermost is added last
     return app
+
+
+def _model_name(holder: EngineHolder) -> str | None:
+    return holder.engine.model_name if holder.is_loaded else None
 
 
 def _build_labels(holder: EngineHolder) -> dict[str, str] | None:

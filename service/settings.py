@@ -61,6 +61,9 @@ class Settings(BaseSettings):
         (), description="Keys, comma-separated; empty lets everybody in."
     )
     metrics_need_key: bool = Field(default=False, description="Whether /metrics asks for a key.")
+    vllm_metric_aliases: bool = Field(
+        default=False, description="Whether /metrics also has vLLM's names, for tools made for it."
+    )
     max_body_bytes: int = Field(
         8 * 2**20, ge=1024, le=2**30, description="Largest request body accepted."
     )

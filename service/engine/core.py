@@ -20,6 +20,8 @@ from service.engine.stopping import OutputBuilder
 from service.errors import GenerationError, ServiceError
 from sparse_methods.statistics import RequestStatistics
 
+_BELOW_BREAK_EVEN = "below_break_even"  # a label: the words for the client name lengths
+
 
 @dataclass
 class _Progress:
@@ -106,6 +108,8 @@ class EngineCore:
         """Take a sequence in."""
         self._live[sequence] = _Progress(self._text_output(sequence))
         self._scheduler.add(sequence)
+        if sequence.method.fallback(sequence.num_prompt_tokens) is not None:
+            self._events.fell_back(sequence, _BELOW_BREAK_EVEN)
 
     def abort(self, sequence: Sequence, reason: str) -> None:
         """End a sequence early and free its pages."""
