@@ -18,13 +18,18 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listened on a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class Server:
     """A running ``sparseserve serve``."""
 
     def __init__(self, *options, env=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "service.cli", "serve", "--port", str(self.port)]
         # A file, because a pipe that nobody reads would stop the server.
