@@ -45,6 +45,8 @@ _HTTP_ONLY = (
     "vllm_metric_aliases",
     "max_body_bytes",
     "shutdown_timeout_s",
+    "log_format",
+    "traces_endpoint",
 )
 
 
@@ -59,7 +61,7 @@ def serve(settings: Settings) -> None:
     from service.server import Server
 
     _resolve(settings.method, None, {})
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, style=settings.log_format)
     with LoadingBar(Console(stderr=True)) as bar:
 
         def load(events: "EngineEvents") -> Engine:
@@ -69,7 +71,10 @@ def serve(settings: Settings) -> None:
             bar.stop()
             typer.echo(address)
 
-        fastapi_app = create_app(settings, load)
+        try:
+            fastapi_app = create_app(settings, load)
+        except ServiceError as error:
+            raise typer.BadParameter(str(error)) from None
         server = Server(settings, fastapi_app, announce)
         server.run()
     holder = fastapi_app.state.holder

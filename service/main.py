@@ -14,6 +14,7 @@ from service.api.holder import EngineHolder, LoadEngine
 from service.api.middleware import ApiKeys, RequestContext
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tracing import Tracing
 
 _PROBES = frozenset({"/health", "/health/live", "/health/ready"})
 
@@ -25,8 +26,13 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         settings: Settings of the operator.
         load: Returns the engine, which then reports to the events it was given. It is called
             with the application's metrics, for instance ``partial(Engine.load, settings)``.
+
+    Raises:
+        ServiceError: Spans are asked for without the packages that make them.
     """
     metrics, holder = Metrics(), EngineHolder(load)
+    endpoint = settings.traces_endpoint
+    tracing = Tracing.to_otlp(endpoint, server_version()) if endpoint else None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -34,6 +40,8 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         holder.start(metrics)
         yield
         await asyncio.to_thread(holder.stop)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.flush)
         gc.unfreeze()  # or extension modules report what is frozen as leaked
 
     app = FastAPI(
@@ -54,7 +62,8 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         keys = [key.get_secret_value() for key in settings.api_keys]
         public = _PROBES if settings.metrics_need_key else _PROBES | {"/metrics"}
         app.add_middleware(ApiKeys, keys=keys, public_paths=public)
-    app.add_middleware(RequestContext, count=metrics.http_request)  # the outermost is added last
+    # The outermost is added last.
+    app.add_middleware(RequestContext, count=metrics.http_request, tracing=tracing)
     return app
 
 

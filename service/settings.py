@@ -76,6 +76,13 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe records that are logged."
     )
+    log_format: Literal["json", "text"] = Field(
+        "json", description="A record as one line of JSON, or as one line for people."
+    )
+    traces_endpoint: str | None = Field(
+        None,
+        description="OTLP/HTTP address spans are sent to; needs the extra otel. Unset sends none.",
+    )
 
     @field_validator("api_keys", mode="before")
     @classmethod

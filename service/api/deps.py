@@ -11,8 +11,9 @@ from fastapi import Depends, Query, Request
 from service.api.holder import EngineHolder
 from service.api.schemas import MethodFields, SamplingFields
 from service.engine.engine import Engine
-from service.engine.generation import Generation, GenerationRequest
+from service.engine.generation import GenerationRequest
 from service.errors import BadRequestError
+from service.tracing import Followed, traced
 from sparse_methods import SparseAttentionMethod, get_sparse_method
 
 _MAX_ECHO = 64  # characters of a client's spelling repeated in an error
@@ -45,7 +46,7 @@ class Submission:
     id: str
     engine: Engine
     chosen: ChosenMethod
-    generation: Generation
+    generation: Followed
 
 
 def get_holder(request: Request) -> EngineHolder:
@@ -124,8 +125,9 @@ async def submit(
         sampling=body.sampling(),
         n=body.n,
     )
-    async with await engine.submit(request) as generation:
-        yield Submission(request.request_id, engine, chosen, generation)
+    with traced(request, engine.model_name) as trace:
+        async with await engine.submit(request) as generation:
+            yield Submission(request.request_id, engine, chosen, trace.follow(generation))
 
 
 def _agreed(field: str, in_query: str | None, in_body: str | None) -> str | None:
