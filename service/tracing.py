@@ -7,6 +7,7 @@ imported only by a server that was told where to send spans.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty")
 _COUNTS = ("blocks_total", "blocks_selected", "blocks_skipped", "density")
 _CHAT = "/chat/completions"
-_FLUSH_MS = 3000
+_FLUSH_S = 3.0
 
 Attribute = str | int | float | bool | list[str]
 
@@ -99,8 +100,10 @@ class Tracing:
         )
 
     def flush(self) -> None:
-        """Send what is left, for a few seconds at most."""
-        self.provider.force_flush(_FLUSH_MS)
+        """Send what is left, for a few seconds at most: force_flush heeds no limit by itself."""
+        thread = threading.Thread(target=self.provider.force_flush, daemon=True)
+        thread.start()
+        thread.join(_FLUSH_S)
 
 
 @dataclass(frozen=True)
