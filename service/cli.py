@@ -1,4 +1,4 @@
-"""The command line: ``serve``, ``generate`` and ``methods``.
+"""The command line: ``serve``, ``generate``, ``methods`` and, by files of their own, the rest.
 
 Options are made from the fields of ``Settings`` and of the HTTP request. API keys come from the
 environment only, where other users of the machine cannot read them.
@@ -16,6 +16,7 @@ from rich.console import Console
 from service.api.schemas import SamplingFields
 from service.cli_calibrate import calibrate
 from service.cli_evaluate import evaluate
+from service.cli_plan import plan
 from service.errors import ServiceError
 from service.options import OptionGroup, with_options
 from service.settings import Settings
@@ -36,6 +37,7 @@ app = typer.Typer(
 
 app.command()(calibrate)
 app.command()(evaluate)
+app.command()(plan)
 
 _HTTP_ONLY = (
     "allow_evaluation_methods",  # whoever runs a command is the operator
