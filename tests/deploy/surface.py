@@ -12,7 +12,11 @@ PREFIX = "SPARSESERVE_"
 ROUTES = set(fake_app(FakeEngine()).openapi()["paths"])
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 FLAGS = {
-    name: {flag for parameter in command.params for flag in parameter.opts}
+    name: {
+        flag
+        for parameter in command.params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
     for name, command in COMMANDS.items()
 }
 

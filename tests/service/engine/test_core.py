@@ -329,6 +329,6 @@ def test_ending_the_engine_collects_nothing(ahead):
 def test_a_request_too_short_for_its_method_is_counted_as_a_fallback(ahead):
     for index, knobs in enumerate(({"dense_below": 100_000}, {"dense_below": 0})):
         method = get_sparse_method("streaming")(knobs)
-        core_request = build_sequence(str(index), IDS[:20], method, SamplingParams(), index)
+        core_request = build_sequence(str(index), list(range(20)), method, SamplingParams(), index)
         ahead.core.add(core_request)
     assert ahead.events.fallbacks == [("0", "below_break_even")]
