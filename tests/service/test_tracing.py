@@ -18,7 +18,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from service.errors import GenerationError, QueueFullError
 from service.settings import Settings
 from service.tracing import Tracing
-from tests.service.fake_engine import FakeEngine, http_client, running_server
+from tests.service.fake_engine import FakeEngine, http_client, running_server, wait_until
 
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).parent.parent.parent
@@ -106,6 +106,20 @@ async def test_a_refusal_is_one_as_well(spans) -> None:
         assert (await client.post("/generate", json={"prompt": "p"})).status_code == 429
     [span] = spans.get_finished_spans()
     assert span.attributes["error.type"] == "QueueFullError"
+
+
+def test_the_span_of_a_client_that_leaves_ends_without_an_end_of_the_generation(spans) -> None:
+    engine = FakeEngine(TRACED)
+    engine.step_s = 0.2
+    with running_server(engine) as address:
+        body = {"prompt": "p", "stream": True}
+        with httpx.stream("POST", address + "/generate", json=body) as response:
+            next(response.iter_lines())
+        wait_until(lambda: len(spans.get_finished_spans()) == 1)
+    [span] = spans.get_finished_spans()
+    assert engine.num_aborted == 1
+    assert span.status.status_code is StatusCode.UNSET
+    assert "gen_ai.response.finish_reasons" not in span.attributes
 
 
 async def test_without_the_setting_nothing_is_traced(spans) -> None:
