@@ -1,23 +1,23 @@
-# syntax=docker/dockerfile:1
 # docker build -t sparseserve .                          CUDA, the default
 # docker build -t sparseserve --build-arg VARIANT=cpu .  without CUDA: name an index with CPU builds of
 #                                                        torch in PIP_EXTRA_INDEX_URL, or get the large one
+# --build-arg EXTRAS=otel,gpu adds flash-attn-4, for long prompts on Hopper and Blackwell.
 ARG PYTHON_VERSION=3.12
 ARG VARIANT=cuda
 
 FROM python:${PYTHON_VERSION}-slim AS build
 ARG PIP_EXTRA_INDEX_URL=""
+ARG EXTRAS=otel
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/sparseserve
 # What changes seldom comes first: a change of our code rebuilds no layer with torch in it.
 COPY constraints.txt ./
-RUN PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL}" \
-    /opt/sparseserve/bin/python -m pip install --constraint constraints.txt torch
+RUN /opt/sparseserve/bin/python -m pip install --constraint constraints.txt torch
 COPY pyproject.toml README.md ./
 COPY service ./service
 COPY sparse_methods ./sparse_methods
-RUN /opt/sparseserve/bin/python -m pip install --constraint constraints.txt '.[otel]'
+RUN /opt/sparseserve/bin/python -m pip install --constraint constraints.txt ".[${EXTRAS}]"
 
 FROM python:${PYTHON_VERSION}-slim AS runtime-cpu
 ENV SPARSESERVE_DEVICE=cpu

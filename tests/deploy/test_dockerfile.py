@@ -79,6 +79,11 @@ def test_what_is_copied_exists_and_reaches_the_builder(variant: str) -> None:
                 assert any(fnmatch.fnmatch(name, rule) for rule in allowed)
 
 
+def test_the_extras_it_installs_exist() -> None:
+    extras = stages("cuda")["build"].arguments["EXTRAS"].split(",")
+    assert set(extras) <= set(PROJECT["optional-dependencies"])
+
+
 def test_the_python_of_the_image_is_one_the_project_allows() -> None:
     minor = re.search(r"PYTHON_VERSION=3\.(\d+)", (ROOT / "Dockerfile").read_text())
     assert minor is not None
