@@ -82,6 +82,9 @@ class Settings(BaseSettings):
         (), description="Keys, comma-separated; empty lets everybody in."
     )
     metrics_need_key: bool = Field(default=False, description="Whether /metrics asks for a key.")
+    vllm_metric_aliases: bool = Field(
+        default=False, description="Whether /metrics also has vLLM's names, for tools made for it."
+    )
     max_body_bytes: int = Field(
         8 * 2**20, ge=1024, le=2**30, description="Largest request body accepted."
     )
@@ -110,6 +113,13 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe records that are logged."
+    )
+    log_format: Literal["json", "text"] = Field(
+        "json", description="A record as one line of JSON, or as one line for people."
+    )
+    traces_endpoint: str | None = Field(
+        None,
+        description="OTLP/HTTP address spans are sent to; needs the extra otel. Unset sends none.",
     )
 
     @field_validator("api_keys", "cors_origins", mode="before")

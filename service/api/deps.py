@@ -12,8 +12,9 @@ from service.api.holder import EngineHolder
 from service.api.running import running
 from service.api.schemas import MethodFields, SamplingFields, SchedulingFields
 from service.engine.engine import Engine
-from service.engine.generation import Generation, GenerationRequest
+from service.engine.generation import GenerationRequest
 from service.errors import BadRequestError
+from service.tracing import Followed
 from sparse_methods import SparseAttentionMethod, SparseMethodError, get_sparse_method
 
 _MAX_ECHO = 64  # characters of a client's spelling repeated in an error
@@ -46,7 +47,7 @@ class Submission:
     id: str
     engine: Engine
     chosen: ChosenMethod
-    generation: Generation
+    generation: Followed
 
 
 def get_holder(request: Request) -> EngineHolder:

@@ -22,6 +22,7 @@ from service.engine.stopping import OutputBuilder
 from service.errors import QueueTimeoutError, ServiceError
 from sparse_methods.statistics import RequestStatistics
 
+_BELOW_BREAK_EVEN = "below_break_even"  # a label: the words for the client name lengths
 _EXPIRED = "The request waited for its turn until its time was up. Retry later."
 _log = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ class EngineCore:
         self._deadlines.watch(sequence)
         self._live[sequence] = Progress(self._text_output(sequence))
         self._scheduler.add(sequence)
+        if sequence.method.fallback(sequence.num_prompt_tokens) is not None:
+            self._events.fell_back(sequence, _BELOW_BREAK_EVEN)
 
     def abort(self, sequence: Sequence, reason: str) -> None:
         """End a sequence early and free its pages."""

@@ -19,6 +19,13 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listened on a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class Server:
     """A running ``sparseserve serve``.
 
@@ -29,9 +36,7 @@ class Server:
     """
 
     def __init__(self, *options, env=None, port=None, prelude=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = port or free.getsockname()[1]
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         program = ["-m", "service.cli"]
         if prelude is not None:

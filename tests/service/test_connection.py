@@ -192,17 +192,18 @@ def test_a_head_that_does_not_end_is_refused_in_time(address, data):
 def test_a_head_that_comes_byte_by_byte_is_refused_in_time(address):
     with Client(address) as client:
         client.socket.settimeout(0.05)
-        received = b""
-        for byte in head(*[b"X-%d: y" % i for i in range(100)]):
-            with contextlib.suppress(ConnectionError):
+        received, whole, num_sent = b"", head(*[b"X-%d: y" % i for i in range(100)]), 0
+        # A byte sent while the server closes resets the connection, and may take the answer along.
+        with contextlib.suppress(ConnectionError):
+            for num_sent, byte in enumerate(whole):
                 client.socket.sendall(bytes([byte]))
-            with contextlib.suppress(TimeoutError):
-                part = client.socket.recv(65536)
-                received += part
-                if not part:
-                    break
-    [answer] = answers(received)
-    assert answer.status == 408
+                with contextlib.suppress(TimeoutError):
+                    part = client.socket.recv(65536)
+                    received += part
+                    if not part:
+                        break
+    assert num_sent < len(whole) - 1
+    assert all(answer.status == 408 for answer in answers(received))
 
 
 def test_who_asks_for_nothing_is_let_go(address):

@@ -29,6 +29,10 @@ class Counting(NoEvents):
     def __init__(self):
         self.num_preempted = 0
         self.num_tokens = 0
+        self.fallbacks = []
+
+    def fell_back(self, sequence, reason):
+        self.fallbacks.append((sequence.request_id, reason))
 
     def preempted(self):
         self.num_preempted += 1
@@ -345,3 +349,11 @@ def test_ending_the_engine_collects_nothing(ahead):
     updates = core.fail_all(GenerationError("stopped"), "shutdown")
     assert isinstance(updates[one].error, GenerationError)
     assert not core.has_work
+
+
+def test_a_request_too_short_for_its_method_is_counted_as_a_fallback(ahead):
+    for index, knobs in enumerate(({"dense_below": 100_000}, {"dense_below": 0})):
+        method = get_sparse_method("streaming")(knobs)
+        core_request = build_sequence(str(index), list(range(20)), method, SamplingParams(), index)
+        ahead.core.add(core_request)
+    assert ahead.events.fallbacks == [("0", "below_break_even")]
