@@ -88,17 +88,20 @@ def main(*, quick: bool = False, warmup: bool = False, write: bool = True) -> No
         _report(results, f"lists at density {density}", lists(inputs, density, cudnn, rep_ms))
         method = get_sparse_method("block_topk")({"keep_ratio": density - 0.01, "dense_below": 0})
         _report(results, f"block_topk at {density}", selected(inputs, method, cudnn, rep_ms))
-    method = get_sparse_method("predictive_skip")({"threshold": _THRESHOLD, "dense_below": 0})
+    knobs = {"threshold": _THRESHOLD, "dense_below": 0}
+    method = get_sparse_method("predictive_skip")(knobs)
+    by_lists = get_sparse_method("predictive_skip")({**knobs, "apply_threshold": False})
     for share in _SKIPPED_SHARES:
         clustered = _clustered(inputs, share)
         _report(results, f"thresholds, {share} skipped", skipping(clustered, cudnn, rep_ms))
         _report(results, f"predictive_skip, {share}", selected(clustered, method, cudnn, rep_ms))
         alike = _clustered(inputs, share, of_groups=True)
-        _report(
-            results,
-            f"predictive_skip, {share}, groups alike",
-            selected(alike, method, cudnn, rep_ms),
-        )
+        for name, asked in (("", method), (", lists alone", by_lists)):
+            _report(
+                results,
+                f"predictive_skip, {share}, groups alike{name}",
+                selected(alike, asked, cudnn, rep_ms),
+            )
     if warmup:
         _report(results, "dense 32768, ms", variants(inputs, _VARIANTS, rep_ms))
         listed = replace(inputs, lists=_random_lists(inputs, 0.26))
