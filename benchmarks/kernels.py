@@ -34,7 +34,7 @@ from sparse_methods.kernels.operation import (
 from sparse_methods.kernels.page_summary import PageSegments, allocate_summaries, update_summaries
 from sparse_methods.kernels.triton_prefill import PrefillConfig, prefill
 from sparse_methods.kernels.triton_workspace import Workspace
-from sparse_methods.views import PrefillView
+from sparse_methods.views import Phase, PrefillView
 
 _GEOMETRY = LayerGeometry(
     num_heads=32, num_kv_heads=8, head_dim=128, value_dim=128, scale=128**-0.5
@@ -181,7 +181,11 @@ def selected(
     def run(attend: Implementation) -> AttentionOutputs:
         chosen = method.select_prefill(view)
         listed = None if chosen is None else BlockLists(chosen.indices, chosen.counts)
-        return attend(replace(inputs, lists=listed))
+        return attend(replace(asked, lists=listed))
+
+    asked = inputs
+    if method.skip_threshold(Phase.PREFILL, view.prompt_len) is None:
+        asked = replace(inputs, log_thresholds=None, diagonal_first=None)
 
     choosing = _milliseconds(lambda: method.select_prefill(view), rep_ms)
     return _compare(run, cudnn, rep_ms) | {"choosing, ms": choosing}
