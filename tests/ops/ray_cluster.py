@@ -20,7 +20,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 RAY = ROOT / "deploy" / "ray"
-MAX_ONGOING, MAX_QUEUED, NUM_METRICS_PORTS = 2, 2, 4
+MAX_ONGOING, MAX_QUEUED, NUM_METRICS_PORTS = 2, 8, 4
 _MARK = "SPARSESERVE_TEST_CLUSTER"
 
 
@@ -114,7 +114,7 @@ class RayCluster:
         """The metrics of every replica, as a scraper that knows the ports gets them."""
         texts = []
         for port in range(self.metrics_port, self.metrics_port + NUM_METRICS_PORTS):
-            with contextlib.suppress(httpx.TransportError):
+            with contextlib.suppress(httpx.ConnectError):  # a port without a replica
                 texts.append(httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text)
         return texts
 
