@@ -32,8 +32,6 @@ class Arguments(BaseModel):
     )
 
 
-@serve.deployment(name="sparseserve")
-@serve.ingress()
 class Replica:
     """One engine; it starts when the model is loaded, and is replaced when it is not ready."""
 
@@ -84,7 +82,8 @@ class Replica:
 
 def build(arguments: Arguments) -> serve.Application:
     """Build the application; Ray calls this with the ``args`` of its configuration."""
-    return Replica.bind(arguments)
+    deployment = serve.deployment(name="sparseserve")(serve.ingress()(Replica))
+    return deployment.bind(arguments)
 
 
 class _Only:

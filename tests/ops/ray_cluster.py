@@ -34,7 +34,7 @@ class RayCluster:
 
     def __init__(self):
         self._mark = uuid.uuid4().hex
-        self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # noqa: S108 - sockets need a short path
+        self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets: a short path
         ports = free_ports(2)
         self.http_port, gcs_port = ports
         self.metrics_port = free_run(NUM_METRICS_PORTS)
@@ -131,10 +131,9 @@ class RayCluster:
 
     def log(self) -> str:
         """All that was said, to be shown by a test that fails."""
-        texts = [(self._folder / "log").read_text()]
-        for path in sorted(self._folder.glob("session_latest/logs/serve/*.log")):
-            texts.append(f"== {path.name}\n{path.read_text()[-3000:]}")
-        return "\n".join(texts)[-20_000:]
+        paths = sorted(self._folder.glob("session_latest/logs/serve/*.log"))
+        texts = [f"== {path.name}\n{path.read_text()[-3000:]}" for path in paths]
+        return "\n".join([(self._folder / "log").read_text(), *texts])[-20_000:]
 
     def close(self) -> None:
         self.client.close()
@@ -200,6 +199,6 @@ def free_run(count: int) -> int:
 
 def _command(process: psutil.Process) -> list[str]:
     try:
-        return process.cmdline()
+        return list(process.cmdline())
     except psutil.Error:
         return []

@@ -77,11 +77,14 @@ def test_a_stream_arrives_piece_by_piece_and_says_what_the_whole_answer_says(clu
 def test_a_client_that_leaves_frees_its_pages(cluster, stream):
     aborted = cluster.metric("aborted_requests_total", reason="client")
     body = {"prompt": "The captain", "max_tokens": 4000, "ignore_eos": True, "stream": stream}
-    client = httpx.Client(base_url=cluster.url, timeout=2.0)
-    with client, contextlib.suppress(httpx.ReadTimeout):
-        with client.stream("POST", "/generate", json=body) as answer:
-            next(answer.iter_bytes())
-            assert cluster.metric("kv_cache_pages_used") > 0
+    with (
+        contextlib.suppress(httpx.ReadTimeout),  # of the one that does not stream
+        httpx.stream("POST", f"{cluster.url}/generate", json=body, timeout=2.0) as answer,
+    ):
+        assert answer.status_code == 200
+        pieces = answer.iter_bytes()  # kept, or httpx would hang up when it is collected
+        next(pieces)
+        assert cluster.metric("kv_cache_pages_used") > 0
     wait(lambda: cluster.metric("aborted_requests_total", reason="client") == aborted + 1)
     wait(lambda: cluster.metric("kv_cache_pages_used") == 0)
     assert cluster.metric("running_requests") == 0
@@ -133,7 +136,8 @@ def test_the_metrics_of_the_replicas_add_up_to_what_was_answered(cluster):
     for name in names:
         after = seen(f"{name}_total", **streaming)
         assert sum(after) - sum(before[name]) == told[name], name
-    shares = [a - b for a, b in zip(seen("requests_total", **streaming), before["requests"])]
+    after = seen("requests_total", **streaming)
+    shares = [new - old for new, old in zip(after, before["requests"], strict=True)]
     assert all(share > 0 for share in shares), "one replica had nothing to do"
     http = cluster.metric("http_requests_total", route="/generate", code="200")
     assert http - http_before == len(answers)
