@@ -45,9 +45,11 @@ class Replica:
         from service.logs import configure_logging
         from service.main import create_app
         from service.settings import Settings
+        from sparse_methods import get_sparse_method
 
         settings = Settings()
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, style=settings.log_format)
+        get_sparse_method(settings.method, None)  # or every request that names none would fail
         app = create_app(settings, partial(Engine.load, settings))
         self._holder = app.state.holder
         own = _Only(app, lambda path: path == _METRICS, f"Only {_METRICS} is served here.")

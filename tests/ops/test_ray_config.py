@@ -5,6 +5,7 @@ import importlib.util
 import re
 import socket
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +55,32 @@ def test_serve_accepts_the_configuration_and_knows_every_field_of_it():
     check_fields(deployment["ray_actor_options"], RayActorOptionsSchema)
     check_fields(deployment["autoscaling_config"], AutoscalingConfig)
     check_fields(deployment["backpressure_config"], BackpressureConfig)
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.35"])
+def test_pods_and_the_network_policy_are_valid_by_kubernetes_schemas(version):
+    import kubernetes_validate
+
+    cluster = yaml.safe_load((RAY / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", **group["template"]}
+        kubernetes_validate.validate(pod, version, strict=True)
+    policy = yaml.safe_load((RAY / "networkpolicy.yaml").read_text())
+    kubernetes_validate.validate(policy, version, strict=True)
+
+
+def test_rays_own_options_and_probes_exist():
+    from ray.dashboard.modules.reporter import healthz_agent
+    from ray.scripts.scripts import start
+
+    cluster = yaml.safe_load((RAY / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    flags = {flag for option in start.params for flag in option.opts}
+    source = Path(healthz_agent.__file__).read_text()
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert {f"--{name}" for name in group["rayStartParams"]} <= flags
+        [container] = group["template"]["spec"]["containers"]
+        path = container["livenessProbe"]["httpGet"]["path"]
+        assert f'routes.get("{path}")' in source
 
 
 def test_the_application_has_the_deployment_that_the_configuration_is_for(application):
