@@ -172,6 +172,17 @@ def test_settings_named_are_settings():
     Settings(**{setting_of(name): value for name, value in settings.items()})
 
 
+def test_the_page_says_which_settings_only_our_own_server_obeys():
+    servers = {ROOT / "service" / "server.py", ROOT / "service" / "connection.py"}
+    others = set((ROOT / "service").rglob("*.py")) - servers
+    rest = "".join(path.read_text() for path in others)
+    read = {n for path in servers for n in re.findall(r"settings\.([a-z_]+)", path.read_text())}
+    lost = {name for name in read if f".{name}" not in rest}
+    [sentence] = re.findall(r"these have no meaning here: ([^.]+)\.", PAGE)
+    assert {setting_of(name) for name in variables(sentence)} == lost
+    assert lost
+
+
 def test_files_named_on_the_page_and_by_kustomize_exist():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", PAGE):
         assert (ROOT / "docs" / link).exists(), link

@@ -114,7 +114,8 @@ class RayCluster:
         """The metrics of every replica, as a scraper that knows the ports gets them."""
         texts = []
         for port in range(self.metrics_port, self.metrics_port + NUM_METRICS_PORTS):
-            with contextlib.suppress(httpx.ConnectError):  # a port without a replica
+            # A port without a replica, or one whose replica ends just now; never a slow one.
+            with contextlib.suppress(httpx.NetworkError, httpx.RemoteProtocolError):
                 texts.append(httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text)
         return texts
 
