@@ -102,7 +102,7 @@ class RayCluster:
             assert time.monotonic() < deadline, self.log()
             time.sleep(1)
 
-    def wait_replicas(self, count: int, timeout_s: float = 100) -> None:
+    def wait_replicas(self, count: int, timeout_s: float = 150) -> None:
         wait(lambda: len(self.replicas()) == count, timeout_s, self.log)
         wait(lambda: len(self.ready_scrapes()) == count, timeout_s, self.log)
 
@@ -173,7 +173,7 @@ def value(text: str, name: str, **labels: str) -> float:
     return total
 
 
-def wait(condition, timeout_s=30.0, explain=lambda: ""):
+def wait(condition, timeout_s=60.0, explain=lambda: ""):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, explain()
