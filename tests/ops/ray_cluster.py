@@ -138,10 +138,12 @@ class RayCluster:
 
     def close(self) -> None:
         self.client.close()
+        started = psutil.Process(self._head.pid).children(recursive=True)
         self._head.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._head.wait(5)
-        left = self._processes()
+        # Some overwrite their environment with a title, others were left by their parents.
+        left = list({*started, *self._processes()})
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
