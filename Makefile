@@ -12,7 +12,7 @@ serve: $(VENV)/.installed  ## serve the built-in model on 127.0.0.1:8000
 test: $(VENV)/.installed-dev  ## run the suite, as far as it needs nothing but Python
 	$(BIN)/python -m pytest --ignore=tests/ops $(ARGS)
 
-test-ops: $(VENV)/.installed-ops  ## run the rest: Prometheus, Kubernetes' schemas, the image's steps
+test-ops: $(VENV)/.installed-ops  ## run the rest: Prometheus, Kubernetes' schemas, the image's steps, Ray
 	$(BIN)/python -m pytest tests/ops $(ARGS)
 
 check: $(VENV)/.installed-dev  ## what CI runs, with test-ops after it
@@ -53,5 +53,5 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-ops: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ops]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ops,ray]'
 	touch $@
