@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import secrets
 import signal
 import threading
 import time
@@ -144,6 +145,7 @@ def test_a_client_that_leaves_frees_its_pages(server, planted, stream, long_prom
     before = server.metric("aborted_requests_total", reason="client")
     prompt = planted["prompt"] if long_prompt else "It was"
     body = {"prompt": prompt, "max_tokens": 4000, "ignore_eos": True, "stream": stream}
+    body["cache_salt"] = secrets.token_hex(8)  # the long prompt must not be there already
     timeout = httpx.Timeout(30, read=0.7)
 
     def leave():
