@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,18 @@ from service.engine.grammar import GrammarCompiler
 from service.engine.kv_cache import PageAllocator
 from service.engine.loop import Address, EngineLoop, Outbox
 from service.engine.model_runner import ModelRunner
+from service.engine.parallel import (
+    LeadingRunner,
+    Ranks,
+    check_splits,
+    group_of,
+    load_share,
+    num_pages_of_all,
+    starting_ranks,
+)
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Limits, Scheduler
 from service.engine.sequence import Sequence
-from service.engine.sizing import num_pages
 from service.engine.stopping import OutputBuilder
 from service.engine.tokenizer import Tokenizer
 from service.engine.trial import packed_logits
@@ -35,7 +44,7 @@ from service.errors import (
 )
 from service.models.calibration_file import load_calibrations
 from service.models.hugging_face import Progress
-from service.models.loading import LoadedModel, load_model
+from service.models.loading import LoadedModel
 from service.models.self_test import SelfTestReport, run_self_test
 from service.settings import Settings
 from sparse_methods import SparseAttentionMethod, get_sparse_method, latest_version
@@ -68,8 +77,15 @@ class Engine:
         default_method: Name and version of requests that name none.
     """
 
-    def __init__(self, settings: Settings, loaded: LoadedModel, events: EngineEvents) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        loaded: LoadedModel,
+        events: EngineEvents,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.settings = settings
+        self._ranks = ranks
         self.events = events
         self.tokenizer = Tokenizer.load(loaded.directory, loaded.eos_token_ids)
         self._grammars = GrammarCompiler(self.tokenizer)
@@ -78,12 +94,12 @@ class Engine:
         get_sparse_method(settings.method)().check_servable(settings.block_size)
         self._calibrations = load_calibrations(settings.calibration, loaded.directory)
         geometries = [layer.geometry for layer in loaded.layers]
-        self._num_pages = num_pages(settings, geometries, loaded)
+        self._num_pages = num_pages_of_all(settings, geometries, loaded, group_of(ranks))
         capacity = self._num_pages * settings.block_size
         self.max_context_tokens = min(loaded.max_context_tokens, capacity)
         embeddings: Any = loaded.model.get_input_embeddings()
         self._num_embeddings = int(embeddings.weight.shape[0])
-        runner = ModelRunner(
+        runner = (ModelRunner if ranks is None else partial(LeadingRunner, ranks))(
             loaded.model,
             [(layer.module, layer.geometry) for layer in loaded.layers],
             num_pages=self._num_pages,
@@ -109,16 +125,10 @@ class Engine:
         Raises:
             ModelNotSupportedError: The model cannot be served; the message says why.
         """
-        loaded = load_model(
-            settings.model,
-            settings.device,
-            settings.dtype,
-            progress,
-            settings.max_context_tokens,
-            fuse=settings.fuse_modules,
-        )
-        engine = cls(settings, loaded, events)
-        engine.self_test = run_self_test(loaded, engine.trial_logits, engine.max_trial_tokens)
+        with starting_ranks(settings) as ranks:
+            loaded = load_share(settings, group_of(ranks), progress)
+            engine = cls(settings, loaded, events, ranks)
+            engine.self_test = run_self_test(loaded, engine.trial_logits, engine.max_trial_tokens)
         if progress is not None:
             progress("self-test", 1, 1)
         return engine
@@ -131,6 +141,8 @@ class Engine:
         """Abort whatever runs and end the engine thread."""
         self._is_draining = True
         self._loop.stop()
+        if self._ranks is not None:
+            self._ranks.stop()
 
     def drain(self) -> None:
         """Refuse new work from now on; running generations go on."""
@@ -157,6 +169,8 @@ class Engine:
         """
         request = dataclasses.replace(request, method=self.calibrated(request.method))
         request.method.check_servable(self.settings.block_size)
+        if self._ranks is not None:
+            check_splits(request.method)
         check_logit_bias(request.sampling, self.tokenizer.vocab_size)
         self._check_admission(request.n)  # before the work of encoding, and again after it
         prompt_ids = await self._encode(request)
@@ -180,16 +194,17 @@ class Engine:
         """State of the engine, read without waiting."""
         age_s = time.monotonic() - max(self._loop.heartbeat, self.runner.heartbeat)
         is_stalled = age_s > self.settings.stall_timeout_s
-        reason = ""
-        if not self._loop.is_alive:
-            reason = "the engine thread is not running"
+        reason = "" if self._ranks is None else self._ranks.failure
+        is_alive = self._loop.is_alive and not reason
+        if not is_alive:
+            reason = reason or "the engine thread is not running"
         elif self._is_draining:
             reason = "the server is draining"
         elif is_stalled:
             reason = f"the engine has made no progress for {age_s:.0f} s"
         return EngineStatus(
             loaded=True,
-            is_alive=self._loop.is_alive,
+            is_alive=is_alive,
             is_draining=self._is_draining,
             is_stalled=is_stalled,
             reason=reason,
