@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 from torch._C._distributed_c10d import TCPStore
 
-COLLECTIVE_TIMEOUT_S = 120  # longer than two ranks may be apart, e.g. while one compiles a kernel
+COLLECTIVE_TIMEOUT_S = 300  # longer than ranks may be apart, e.g. while one reads its weights
 _HOST = "127.0.0.1"
 # The same function: later releases of torch warn of its old name.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
