@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,26 +21,28 @@ OPTIONS = (
     *("--tensor-parallel", "2", "--device", "cpu", "--dtype", "float32"),
     *("--kv-cache-bytes", "100000000", "--max-step-tokens", "512"),
 )
-CHUNKED = {"prompt": "The river runs past the mill. " * 120, "max_tokens": 8, "ignore_eos": True}
+CHUNKED: dict[str, Any] = {
+    "prompt": "The river runs past the mill. " * 120,
+    "max_tokens": 8,
+    "ignore_eos": True,
+}
 
 
 def followers_of(server) -> list[int]:
     """Process ids of the other ranks."""
     found = []
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError, ValueError):
-            with open(f"/proc/{int(entry)}/stat") as file:
-                parent = int(file.read().rpartition(")")[2].split()[1])
-            with open(f"/proc/{entry}/cmdline") as file:
-                is_rank = "service.engine.follower" in file.read()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            is_rank = "service.engine.follower" in (entry / "cmdline").read_text()
             if parent == server.process.pid and is_rank:
-                found.append(int(entry))
+                found.append(int(entry.name))
     return found
 
 
 def wait_until_gone(pids, timeout_s=30):
     deadline = time.monotonic() + timeout_s
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, f"{pids} still run"
         time.sleep(0.05)
 
@@ -50,7 +54,7 @@ def pair(start_server):
 
 @pytest.mark.parametrize("method", ["dense", "flash_skip_softmax", "xattention"])
 def test_two_ranks_answer_as_one_process(server, two_ranks, method):
-    params = {} if method == "dense" else {"dense_below": 0}
+    params: dict[str, Any] = {} if method == "dense" else {"dense_below": 0}
     if method == "flash_skip_softmax":
         params = {"prefill_threshold": 0.5, "decode_threshold": 0.5}
     for prompt in (CHUNKED["prompt"], "Hello"):

@@ -15,6 +15,7 @@ from service.settings import Settings
 from sparse_methods import Phase, UnsupportedError, get_sparse_method
 from sparse_methods.calibration.artifact import Fit, MethodCalibration, PhaseCalibration
 from sparse_methods.methods.block_topk_v1 import BlockTopK
+from sparse_methods.methods.hybrid_v1 import Hybrid
 from tests.service.engine.test_core import (
     NUM_PAGES,
     PAGE_BYTES,
@@ -124,7 +125,7 @@ def test_thresholds_that_follow_a_target_follow_that_of_all_heads(engines):
             sequence.method = method
             return sequence
 
-    requests = [
+    requests: list[Request] = [
         Calibrated([(7 + 11 * i * i) % 4000 + 8 for i in range(n)], "dense@v1", greedy)
         for n in (160, 60)
     ]
@@ -152,7 +153,6 @@ class MixedHeads(BlockTopK):
 
 
 def test_a_method_that_needs_all_heads_is_refused_with_the_names_of_those_that_do_not(engines):
-    one, two = engines
     request = GenerationRequest(
         request_id="x",
         prompt="a",
@@ -161,11 +161,14 @@ def test_a_method_that_needs_all_heads_is_refused_with_the_names_of_those_that_d
         sampling=SamplingParams(max_tokens=1),
     )
     with pytest.raises(UnsupportedError, match=r"divides them among ranks.*'dense'"):
-        asyncio.run(two.submit(request))
-    hybrid = get_sparse_method("hybrid")({})
+        asyncio.run(engines[1].submit(request))
+
+
+def test_a_hybrid_needs_all_heads_if_a_half_does():
+    hybrid = Hybrid()
+    assert hybrid.splits_over_ranks()
     hybrid.halves[Phase.PREFILL] = MixedHeads()
     assert not hybrid.splits_over_ranks()
-    assert get_sparse_method("hybrid")({}).splits_over_ranks()
 
 
 def test_fewer_gpus_than_ranks_are_refused_with_the_numbers(tiny_model_dir, monkeypatch):

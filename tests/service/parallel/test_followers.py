@@ -1,5 +1,6 @@
 """Processes at the end of a pipe: told, asked, ended, and missed when they die."""
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ def last_resort(monkeypatch):
     """What would end this process."""
     armed: list[tuple[object, ...]] = []
     monkeypatch.setattr(
-        module.faulthandler, "dump_traceback_later", lambda *args, **kwargs: armed.append(args)
+        faulthandler, "dump_traceback_later", lambda *args, **kwargs: armed.append(args)
     )
     return armed
 
