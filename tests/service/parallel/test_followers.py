@@ -96,6 +96,19 @@ def test_one_that_does_not_answer_is_not_waited_for_long(pair, last_resort, monk
         pair.ask("sleep")
 
 
+def test_a_process_that_hangs_after_a_death_ends_all_the_same():
+    code = (
+        "import os, time; from service.parallel import followers;"
+        f"followers._END_GRACE_S = 0.5; ranks = followers.Followers({ECHO!r}, 2);"
+        "ranks.ask('hello'); os.kill(ranks.pids[0], 9); time.sleep(60)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50
+    )
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr  # with what every thread waited for
+
+
 def test_when_rank_0_dies_the_others_end():
     code = (
         "import time; from service.parallel.followers import Followers;"
