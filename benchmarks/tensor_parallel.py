@@ -67,13 +67,15 @@ def main(
         torch.save({"result": result, "logits": logits}, only)
         return
     sizes = ranks or sorted({1, 2 if rehearse else torch.cuda.device_count()})
-    results = {
+    results: dict[str, Any] = {
         "method": method,
         **_measured(sizes, ["--method", method, "--num-layers", str(num_layers)], kind),
     }
     print(json.dumps(results, indent=1))
     if write and not rehearse:
         print(f"written to {save('tensor-parallel', results)}")
+    if any("error" in result for result in results["ranks"].values()):
+        raise typer.Exit(1)
 
 
 def _measured(sizes: list[int], options: list[str], kind: str) -> dict[str, Any]:
@@ -85,10 +87,14 @@ def _measured(sizes: list[int], options: list[str], kind: str) -> dict[str, Any]
             command = [sys.executable, "-m", "benchmarks.tensor_parallel", "--ranks", str(size)]
             command += [*options, "--only", str(file), *(["--rehearse"] * (kind == "cpu"))]
             print(f"\n{size} of {sizes} ranks", flush=True)
-            subprocess.run(command, check=True)  # noqa: S603 - this very module
-            found[size] = torch.load(file)
+            if subprocess.run(command, check=False).returncode:  # noqa: S603 - this very module
+                found[size] = {"result": {"error": "it failed; see what it printed"}}
+            else:
+                found[size] = torch.load(file)
     first = found[sizes[0]]
     for size in sizes[1:]:
+        if "logits" not in found[size] or "logits" not in first:
+            continue
         difference = (found[size]["logits"] - first["logits"]).norm() / first["logits"].norm()
         result = found[size]["result"]
         result["logits_differ_by"] = float(difference)

@@ -26,6 +26,7 @@ def main(descriptor: int, rank: int) -> None:
 if __name__ == "__main__":
     try:
         main(int(sys.argv[1]), int(sys.argv[2]))
+        os._exit(0)
     except Exception:  # noqa: BLE001 - rank 0 must see it at once
         traceback.print_exc()
         os._exit(1)

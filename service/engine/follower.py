@@ -38,7 +38,9 @@ def main(descriptor: int, rank: int) -> None:
 if __name__ == "__main__":
     try:
         main(int(sys.argv[1]), int(sys.argv[2]))
+        status = 0
     except Exception:
         logger.exception("a tensor-parallel rank failed")
-        sys.stderr.flush()
-        os._exit(1)  # the others wait for this rank: nothing must keep its end from being seen
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)  # the others wait for this rank: nothing must keep its end from being seen

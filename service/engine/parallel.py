@@ -19,7 +19,7 @@ from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.engine.sizing import num_pages
 from service.engine.step_messages import StepMessage, StepReader, StepWriter
-from service.errors import ModelNotSupportedError
+from service.errors import BadRequestError, ModelNotSupportedError
 from service.models.hugging_face import Progress
 from service.models.loading import LoadedModel, load_model
 from service.models.sharding import shard_model
@@ -27,7 +27,6 @@ from service.parallel.followers import Followers, Inbox
 from service.parallel.group import RankGroup, open_meeting
 from service.settings import Settings
 from sparse_methods import SparseAttentionMethod, get_sparse_method, list_sparse_methods
-from sparse_methods.errors import UnsupportedError
 from sparse_methods.kernels.operation import LayerGeometry
 from sparse_methods.statistics import RequestStatistics, join_heads
 
@@ -58,9 +57,10 @@ class Ranks:
 
     def stop(self) -> None:
         """End the other ranks."""
-        self.followers.stop()
+        self.followers.dismiss()
         if not self.failure:  # or it would wait for a rank that is lost
             self.group.leave()
+        self.followers.stop()
 
 
 @contextmanager
@@ -139,13 +139,14 @@ def check_splits(method: SparseAttentionMethod) -> None:
     """Refuse a method that must see all heads.
 
     Raises:
-        UnsupportedError: The message names the methods that are served.
+        BadRequestError: The message names the methods that are served.
     """
     if not method.splits_over_ranks():
         names = [n for n in list_sparse_methods() if get_sparse_method(n).tensor_parallel_safe]
-        raise UnsupportedError(
+        raise BadRequestError(
             f"Method {method.name!r} decides by all heads together, and this server divides them"
-            f" among ranks. Methods that it serves: {names}."
+            f" among ranks. Methods that it serves: {names}.",
+            "method",
         )
 
 

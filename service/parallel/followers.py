@@ -103,14 +103,19 @@ class Followers:
         # the rank that is lost.
         faulthandler.dump_traceback_later(_END_GRACE_S, exit=True, file=_STDERR)
 
-    def stop(self) -> None:
-        """End all of them; those that do not end by themselves are killed."""
+    def dismiss(self) -> None:
+        """Ask all of them to end."""
         self._is_stopping = True
         for pipe in self._pipes:
             try:
                 pipe.send(None)
             except OSError:  # it has ended already
                 continue
+
+    def stop(self) -> None:
+        """End all of them; those that do not end by themselves are killed."""
+        if not self._is_stopping:
+            self.dismiss()
         for process in self._processes:
             try:
                 process.wait(0.0 if self.failure else _STOP_TIMEOUT_S)

@@ -3,6 +3,7 @@
 import datetime
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from torch import distributed
 from torch._C._distributed_c10d import TCPStore
 
 COLLECTIVE_TIMEOUT_S = 300  # longer than ranks may be apart, e.g. while one reads its weights
+_LEAVE_TIMEOUT_S = 10.0
 _HOST = "127.0.0.1"
 # The same function: later releases of torch warn of its old name.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -59,9 +61,11 @@ class RankGroup:
         return cls(rank, size, device)
 
     def leave(self) -> None:
-        """End the group for this rank."""
+        """End the group; all ranks do so at about the same time, and none waits long for others."""
         if distributed.is_initialized():
-            distributed.destroy_process_group()
+            leaving = threading.Thread(target=distributed.destroy_process_group, daemon=True)
+            leaving.start()
+            leaving.join(_LEAVE_TIMEOUT_S)
 
     @contextmanager
     def apart(self) -> Iterator[None]:

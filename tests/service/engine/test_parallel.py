@@ -10,9 +10,9 @@ from service.engine.engine import Engine
 from service.engine.generation import GenerationRequest
 from service.engine.parallel import starting_ranks
 from service.engine.sequence import SamplingParams
-from service.errors import ModelNotSupportedError
+from service.errors import BadRequestError, ModelNotSupportedError
 from service.settings import Settings
-from sparse_methods import Phase, UnsupportedError, get_sparse_method
+from sparse_methods import Phase, get_sparse_method
 from sparse_methods.calibration.artifact import Fit, MethodCalibration, PhaseCalibration
 from sparse_methods.methods.block_topk_v1 import BlockTopK
 from sparse_methods.methods.hybrid_v1 import Hybrid
@@ -160,8 +160,9 @@ def test_a_method_that_needs_all_heads_is_refused_with_the_names_of_those_that_d
         method=MixedHeads(),
         sampling=SamplingParams(max_tokens=1),
     )
-    with pytest.raises(UnsupportedError, match=r"divides them among ranks.*'dense'"):
+    with pytest.raises(BadRequestError, match=r"divides them among ranks.*'dense'") as refused:
         asyncio.run(engines[1].submit(request))
+    assert refused.value.param == "method"
 
 
 def test_a_hybrid_needs_all_heads_if_a_half_does():
