@@ -8,6 +8,7 @@ number of ranks runs in processes of its own; their logits are compared with tho
 
 import faulthandler
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,8 @@ def main(
         faulthandler.dump_traceback_later(_LIMIT_S, exit=True)
         result, logits = measure((ranks or [1])[0], kind, method, num_layers)
         torch.save({"result": result, "logits": logits}, only)
-        return
+        sys.stdout.flush()
+        os._exit(0)  # all is measured: whatever the ends of communicators wait for may wait
     sizes = ranks or sorted({1, 2 if rehearse else torch.cuda.device_count()})
     results: dict[str, Any] = {
         "method": method,
@@ -134,6 +136,7 @@ def measure(size: int, kind: str, method: str, num_layers: int) -> tuple[dict[st
         for shape, milliseconds in result["engine_step_ms"].items()
     }
     if ranks is not None:
+        runner.forget_graphs()
         ranks.stop()
     return result, logits
 

@@ -19,7 +19,9 @@ def main(descriptor: int, rank: int) -> None:
     group = RankGroup.join(find_meeting(port, size), rank, size, kind)
     loaded = build(kind, num_layers, group)
     modules = [(layer.module, layer.geometry) for layer in loaded.layers]
-    follow(ModelRunner(loaded.model, modules, **cache(kind)), group, inbox)
+    runner = ModelRunner(loaded.model, modules, **cache(kind))
+    follow(runner, group, inbox)
+    runner.forget_graphs()
     group.leave()
 
 

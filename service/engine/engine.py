@@ -142,6 +142,7 @@ class Engine:
         self._is_draining = True
         self._loop.stop()
         if self._ranks is not None:
+            self.runner.forget_graphs()
             self._ranks.stop()
 
     def drain(self) -> None:

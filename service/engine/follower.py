@@ -32,6 +32,7 @@ def main(descriptor: int, rank: int) -> None:
         num_slots=settings.max_running_requests,
     )
     follow(runner, group, inbox)
+    runner.forget_graphs()
     group.leave()
 
 

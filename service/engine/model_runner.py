@@ -111,6 +111,10 @@ class ModelRunner:
         logits = self._forward(step.token_ids, step.positions, step.batch(tiles), rows)
         return logits[: len(chunks)]
 
+    def forget_graphs(self) -> None:
+        """Free what was captured; NCCL's communicators cannot end while a graph uses them."""
+        self._graphs = None
+
     def new_decode_step(self, shape: DecodeShape) -> DecodeStep:
         """Buffers for decode steps of a shape."""
         return DecodeStep(
