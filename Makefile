@@ -4,20 +4,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: serve test check fix bench gpu clean
+.PHONY: serve test test-ops check fix bench gpu clean
 
 serve: $(VENV)/.installed  ## serve the built-in model on 127.0.0.1:8000
 	$(BIN)/sparseserve serve $(ARGS)
 
-test: $(VENV)/.installed-dev  ## run the whole suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-dev  ## run the suite, as far as it needs nothing but Python
+	$(BIN)/python -m pytest --ignore=tests/ops $(ARGS)
 
-check: $(VENV)/.installed-dev  ## what CI runs
+test-ops: $(VENV)/.installed-ops  ## run the rest: Prometheus, Kubernetes' schemas, the image's steps, Ray
+	$(BIN)/python -m pytest tests/ops $(ARGS)
+
+check: $(VENV)/.installed-dev  ## what CI runs, with test-ops after it
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/ops $(ARGS)
 
 fix: $(VENV)/.installed-dev  ## format, and mend what the linter can mend
 	$(BIN)/ruff format .
@@ -35,7 +38,7 @@ gpu:  ## tests and short benchmarks on a CUDA device, with the packages that PYT
 	PYTHONPATH=. $(PYTHON) -m benchmarks.llama --longest 32768 $(ARGS)
 
 clean:  ## remove the environment and every cache
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,4 +50,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed-ops: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ops,ray]'
 	touch $@

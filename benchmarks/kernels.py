@@ -34,7 +34,7 @@ from sparse_methods.kernels.operation import (
 from sparse_methods.kernels.page_summary import PageSegments, allocate_summaries, update_summaries
 from sparse_methods.kernels.triton_prefill import PrefillConfig, prefill
 from sparse_methods.kernels.triton_workspace import Workspace
-from sparse_methods.views import PrefillView
+from sparse_methods.views import Phase, PrefillView
 
 _GEOMETRY = LayerGeometry(
     num_heads=32, num_kv_heads=8, head_dim=128, value_dim=128, scale=128**-0.5
@@ -88,17 +88,20 @@ def main(*, quick: bool = False, warmup: bool = False, write: bool = True) -> No
         _report(results, f"lists at density {density}", lists(inputs, density, cudnn, rep_ms))
         method = get_sparse_method("block_topk")({"keep_ratio": density - 0.01, "dense_below": 0})
         _report(results, f"block_topk at {density}", selected(inputs, method, cudnn, rep_ms))
-    method = get_sparse_method("predictive_skip")({"threshold": _THRESHOLD, "dense_below": 0})
+    knobs = {"threshold": _THRESHOLD, "dense_below": 0}
+    method = get_sparse_method("predictive_skip")(knobs)
+    by_lists = get_sparse_method("predictive_skip")({**knobs, "apply_threshold": False})
     for share in _SKIPPED_SHARES:
         clustered = _clustered(inputs, share)
         _report(results, f"thresholds, {share} skipped", skipping(clustered, cudnn, rep_ms))
         _report(results, f"predictive_skip, {share}", selected(clustered, method, cudnn, rep_ms))
         alike = _clustered(inputs, share, of_groups=True)
-        _report(
-            results,
-            f"predictive_skip, {share}, groups alike",
-            selected(alike, method, cudnn, rep_ms),
-        )
+        for name, asked in (("", method), (", lists alone", by_lists)):
+            _report(
+                results,
+                f"predictive_skip, {share}, groups alike{name}",
+                selected(alike, asked, cudnn, rep_ms),
+            )
     if warmup:
         _report(results, "dense 32768, ms", variants(inputs, _VARIANTS, rep_ms))
         listed = replace(inputs, lists=_random_lists(inputs, 0.26))
@@ -178,7 +181,11 @@ def selected(
     def run(attend: Implementation) -> AttentionOutputs:
         chosen = method.select_prefill(view)
         listed = None if chosen is None else BlockLists(chosen.indices, chosen.counts)
-        return attend(replace(inputs, lists=listed))
+        return attend(replace(asked, lists=listed))
+
+    asked = inputs
+    if method.skip_threshold(Phase.PREFILL, view.prompt_len) is None:
+        asked = replace(inputs, log_thresholds=None, diagonal_first=None)
 
     choosing = _milliseconds(lambda: method.select_prefill(view), rep_ms)
     return _compare(run, cudnn, rep_ms) | {"choosing, ms": choosing}

@@ -136,8 +136,7 @@ def measure(size: int, kind: str, method: str, num_layers: int) -> tuple[dict[st
         for shape, milliseconds in result["engine_step_ms"].items()
     }
     if ranks is not None:
-        runner.forget_graphs()
-        ranks.stop()
+        ranks.stop(runner)
     return result, logits
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``serve``, ``generate`` and ``methods``.
+"""The command line: ``serve``, ``generate``, ``methods`` and, by files of their own, the rest.
 
 Options are made from the fields of ``Settings`` and of the HTTP request. API keys come from the
 environment only, where other users of the machine cannot read them.
@@ -16,6 +16,7 @@ from rich.console import Console
 from service.api.schemas import SamplingFields
 from service.cli_calibrate import calibrate
 from service.cli_evaluate import evaluate
+from service.cli_plan import plan
 from service.errors import ServiceError
 from service.options import OptionGroup, with_options
 from service.settings import Settings
@@ -36,14 +37,21 @@ app = typer.Typer(
 
 app.command()(calibrate)
 app.command()(evaluate)
+app.command()(plan)
 
 _HTTP_ONLY = (
     "allow_evaluation_methods",  # whoever runs a command is the operator
     "host",
     "port",
     "metrics_need_key",
+    "vllm_metric_aliases",
     "max_body_bytes",
+    "max_connections",
+    "client_timeout_s",
+    "exit_on_engine_death",
     "shutdown_timeout_s",
+    "log_format",
+    "traces_endpoint",
 )
 
 
@@ -58,7 +66,7 @@ def serve(settings: Settings) -> None:
     from service.server import Server
 
     _resolve(settings.method, None, {})
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, style=settings.log_format)
     with LoadingBar(Console(stderr=True)) as bar:
 
         def load(events: "EngineEvents") -> Engine:
@@ -68,7 +76,10 @@ def serve(settings: Settings) -> None:
             bar.stop()
             typer.echo(address)
 
-        fastapi_app = create_app(settings, load)
+        try:
+            fastapi_app = create_app(settings, load)
+        except ServiceError as error:
+            raise typer.BadParameter(str(error)) from None
         server = Server(settings, fastapi_app, announce)
         server.run()
     holder = fastapi_app.state.holder

@@ -1,4 +1,4 @@
-"""The log: one JSON object per line on standard error, and never a client's text.
+"""The log: one JSON object or text per line on standard error, and never a client's text.
 
 An exception's own message is kept only if its class tells of the machine; others, a ValueError of
 the tokenizer for one, may quote the prompt, so of those only the class and the frames are written.
@@ -31,6 +31,8 @@ _MAX_FRAMES = 32
 
 # The request being handled, so that every record about it can be found by its id.
 current_request_id: ContextVar[str | None] = ContextVar("current_request_id", default=None)
+# The trace it is part of, by its header ``traceparent``.
+current_trace_id: ContextVar[str | None] = ContextVar("current_trace_id", default=None)
 
 
 class JsonFormatter(logging.Formatter):
@@ -38,28 +40,49 @@ class JsonFormatter(logging.Formatter):
 
     @override
     def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if (request_id := current_request_id.get()) is not None:
-            entry["request_id"] = request_id
-        extra = {key: value for key, value in vars(record).items() if key not in _STANDARD_FIELDS}
-        entry |= extra
-        if record.exc_info and record.exc_info[1] is not None:
-            entry |= _describe(record.exc_info[1], record.exc_info[2])
-        return orjson.dumps(entry, default=repr).decode()
+        return orjson.dumps(_entry(record), default=repr).decode()
 
 
-def configure_logging(level: str, stream: TextIO | None = None) -> None:
-    """Send every record of this process, uvicorn's included, through the JSON formatter."""
+class TextFormatter(logging.Formatter):
+    """Writes a record as one line for people: time, level, message, then the fields."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {key: _on_one_line(value) for key, value in _entry(record).items()}
+        head = f"{entry.pop('time')} {entry.pop('level'):7} {entry.pop('message')}"
+        return " ".join([head, *(f"{key}={value}" for key, value in entry.items())])
+
+
+_FORMATTERS = {"json": JsonFormatter, "text": TextFormatter}
+
+
+def configure_logging(level: str, stream: TextIO | None = None, style: str = "json") -> None:
+    """Send every record of this process, uvicorn's included, through the formatter of a style."""
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(_FORMATTERS[style]())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
+
+
+def _entry(record: logging.LogRecord) -> dict[str, object]:
+    entry: dict[str, object] = {
+        "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "message": record.getMessage(),
+    }
+    for name, current in (("request_id", current_request_id), ("trace_id", current_trace_id)):
+        if (value := current.get()) is not None:
+            entry[name] = value
+    entry |= {key: value for key, value in vars(record).items() if key not in _STANDARD_FIELDS}
+    if record.exc_info and record.exc_info[1] is not None:
+        entry |= _describe(record.exc_info[1], record.exc_info[2])
+    return entry
+
+
+def _on_one_line(value: object) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(value))
 
 
 def _describe(error: BaseException, frames: TracebackType | None) -> dict[str, object]:

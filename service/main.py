@@ -7,17 +7,21 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from service.api import generate, health, methods, running
+from service.api.body import BodyBudget
 from service.api.errors import install_error_handlers
 from service.api.health import server_version
 from service.api.holder import EngineHolder, LoadEngine
-from service.api.middleware import ApiKeys, RequestContext
+from service.api.middleware import ApiKeys, ConnectionLimit, RequestContext
 from service.api.openai import chat, completions, models, tokens
 from service.api.running import RunningRequests
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tracing import Tracing
 
+_BODIES_AT_ONCE = 32  # of the largest size; of smaller ones as many more
 _PROBES = frozenset({"/health", "/health/live", "/health/ready"})
 
 
@@ -28,8 +32,13 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         settings: Settings of the operator.
         load: Returns the engine, which then reports to the events it was given. It is called
             with the application's metrics, for instance ``partial(Engine.load, settings)``.
+
+    Raises:
+        ServiceError: Spans are asked for without the packages that make them.
     """
     metrics, holder = Metrics(), EngineHolder(load)
+    endpoint = settings.traces_endpoint
+    tracing = Tracing.to_otlp(endpoint, server_version()) if endpoint else None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -37,6 +46,8 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         holder.start(metrics)
         yield
         await asyncio.to_thread(holder.stop)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.flush)
         gc.unfreeze()  # or extension modules report what is frozen as leaked
 
     app = FastAPI(
@@ -48,7 +59,10 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
     )
     app.state.settings, app.state.metrics, app.state.holder = settings, metrics, holder
     app.state.running, app.state.started_at = RunningRequests(), int(time.time())
+    app.state.body_budget = BodyBudget(_BODIES_AT_ONCE * settings.max_body_bytes)
     metrics.watch(holder.status, lambda: _build_labels(holder))
+    if settings.vllm_metric_aliases:
+        metrics.alias_for_vllm(holder.status, lambda: _model_name(holder), settings.block_size)
     install_error_handlers(app)
     for module in (generate, completions, chat, models, tokens, methods, running, health):
         app.include_router(module.router)
@@ -56,8 +70,22 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
         keys = [key.get_secret_value() for key in settings.api_keys]
         public = _PROBES if settings.metrics_need_key else _PROBES | {"/metrics"}
         app.add_middleware(ApiKeys, keys=keys, public_paths=public)
-    app.add_middleware(RequestContext, count=metrics.http_request)  # the outermost is added last
+    app.add_middleware(ConnectionLimit, allowed_paths=_PROBES | {"/metrics"})
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Sparse-Method", "X-Sparse-Version"],
+        )
+    # The outermost is added last.
+    app.add_middleware(RequestContext, count=metrics.http_request, tracing=tracing)
     return app
+
+
+def _model_name(holder: EngineHolder) -> str | None:
+    return holder.engine.model_name if holder.is_loaded else None
 
 
 def _build_labels(holder: EngineHolder) -> dict[str, str] | None:

@@ -8,13 +8,23 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
-from service.engine.engine import EngineStatus
-from service.engine.sequence import Finish, Sequence
+from service.engine.events import FaultKind
+from service.engine.sequence import Finish, FinishReason, Sequence
+from service.engine.status import EngineStatus
+from service.vllm_aliases import VllmAliases
 from sparse_methods import Phase, get_sparse_method, list_sparse_methods
 
 _PREFIX = "sparseserve_"
 _METHOD = ("method", "version")
 _PHASE = (*_METHOD, "phase")
+_GAUGES: dict[str, tuple[str, ...]] = {
+    "running_requests": (),
+    "waiting_requests": (),
+    "kv_cache_pages_total": (),
+    "kv_cache_pages_used": (),
+    "build_info": ("version", "model", "device", "attention"),
+    "method_info": (*_METHOD, "hash"),
+}
 _DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 _SHORT_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _LONG_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
@@ -22,16 +32,25 @@ _TOKENS = tuple(float(2**power) for power in range(18))
 
 
 class Metrics:
-    """Counts the engine's events; the labels ``method`` and ``version`` are the registry's."""
+    """Counts the engine's events; the labels ``method`` and ``version`` are the registry's.
+
+    Everything but the gauges of ``watch`` only ever grows, and adds up over replicas.
+
+    Attributes:
+        labels: Names of the labels of every sample, by the name under which it is scraped.
+    """
 
     def __init__(self) -> None:
         # No second series per counter, which nobody asks for; the library left it untyped.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
+        self.labels = {_PREFIX + name: labels for name, labels in _GAUGES.items()}
         self._declare_request_metrics()
         self._declare_attention_metrics()
         self._declare_engine_metrics()
         self._http_requests = self._counter("http_requests", "HTTP requests.", ("route", "code"))
+        self._start_at_zero()
+        self._aliases: VllmAliases | None = None
 
     def _declare_request_metrics(self) -> None:
         counter, histogram = self._counter, self._histogram
@@ -65,18 +84,34 @@ class Metrics:
         counter, histogram = self._counter, self._histogram
         self._preemptions = counter("preemptions", "Generations that gave way.")
         self._aborted = counter("aborted_requests", "Generations aborted.", ("reason",))
-        self._engine_errors = counter("engine_errors", "Steps or generations that failed.")
+        self._engine_errors = counter(
+            "engine_errors", "Steps or generations that failed.", ("kind",)
+        )
+        for kind in FaultKind:  # a rate needs a series before the first error
+            self._engine_errors.labels(kind.value)
         self._step_seconds = histogram(
             "engine_step_seconds", "Length of an engine step.", _SHORT_S, ("phase",)
         )
         self._step_tokens = histogram("engine_step_tokens", "Tokens of an engine step.", _TOKENS)
 
+    def _start_at_zero(self) -> None:
+        """Show the counters that alerts divide by or wait for: a rate does not see a first one."""
+        for name, version, _ in _methods():
+            for reason in FinishReason:
+                self._requests.labels(name, version, reason.value)
+            for phase in Phase:
+                for counter in (self._blocks, self._selected, self._skipped):
+                    counter.labels(name, version, phase.value)
+
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        self.labels[f"{_PREFIX}{name}_total"] = labels
         return Counter(_PREFIX + name, text, labels, registry=self._registry)
 
     def _histogram(
         self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()
     ) -> Histogram:
+        self.labels[f"{_PREFIX}{name}_bucket"] = (*labels, "le")
+        self.labels |= dict.fromkeys((f"{_PREFIX}{name}_sum", f"{_PREFIX}{name}_count"), labels)
         return Histogram(_PREFIX + name, text, labels, buckets=buckets, registry=self._registry)
 
     def watch(
@@ -89,6 +124,22 @@ class Metrics:
             build_labels: Labels of ``build_info``; None until the model is loaded.
         """
         self._registry.register(_Gauges(status, build_labels))
+
+    def alias_for_vllm(
+        self, status: Callable[[], EngineStatus], model: Callable[[], str | None], block_size: int
+    ) -> None:
+        """Export vLLM's names, too, for scalers, routers and dashboards made for it."""
+        counted: dict[str, Counter | Histogram] = {
+            "prompt_tokens": self._prompt_tokens,
+            "generation_tokens": self._generated_tokens,
+            "time_to_first_token_seconds": self._first_token,
+            "inter_token_latency_seconds": self._inter_token,
+            "e2e_request_latency_seconds": self._duration,
+            "request_queue_time_seconds": self._queue,
+            "request_success": self._requests,  # every end, errors too: their name, their habit
+        }
+        self._aliases = VllmAliases(counted, status, model, block_size)
+        self._registry.register(self._aliases)
 
     def render(self) -> tuple[bytes, str]:
         """The metrics in text format, and the content type of it."""
@@ -107,9 +158,9 @@ class Metrics:
         """A running generation gave way and will be recomputed."""
         self._preemptions.inc()
 
-    def engine_error(self) -> None:
-        """A step failed."""
-        self._engine_errors.inc()
+    def engine_error(self, kind: FaultKind) -> None:
+        """A step or a generation failed."""
+        self._engine_errors.labels(kind.value).inc()
 
     def finished(self, sequence: Sequence, finish: Finish) -> None:
         """A generation ended, aborted ones included."""
@@ -131,9 +182,11 @@ class Metrics:
             self._density.labels(*labels, phase.value).observe(counts.density)
         self._kv_read.inc(finish.statistics.overall.kv_bytes_read)
         self._kv_dense.inc(finish.statistics.overall.kv_bytes_dense)
+        if self._aliases is not None:
+            self._aliases.finished(finish)
 
     def aborted(self, reason: str) -> None:
-        """A generation was aborted: client, cancelled or shutdown."""
+        """A generation was aborted: client, cancelled, deadline, shutdown or death."""
         self._aborted.labels(reason).inc()
 
     def first_token(self, sequence: Sequence, seconds: float) -> None:
@@ -155,11 +208,7 @@ class _Gauges(Collector):
     ) -> None:
         self._status = status
         self._build_labels = build_labels
-        self._methods = [
-            (name, version, get_sparse_method(name, version).content_hash())
-            for name, versions in list_sparse_methods().items()
-            for version in versions
-        ]
+        self._methods = _methods()
 
     @override
     def collect(self) -> Iterator[Metric]:
@@ -173,15 +222,27 @@ class _Gauges(Collector):
             yield GaugeMetricFamily(_PREFIX + name, text, value)
         labels = self._build_labels()
         if labels is not None:
-            build = GaugeMetricFamily(_PREFIX + "build_info", "What runs.", labels=list(labels))
-            build.add_metric(list(labels.values()), 1)
+            names = _GAUGES["build_info"]
+            build = GaugeMetricFamily(_PREFIX + "build_info", "What runs.", labels=names)
+            build.add_metric([labels[name] for name in names], 1)
             yield build
         methods = GaugeMetricFamily(
-            _PREFIX + "method_info", "Methods that can be asked for.", labels=(*_METHOD, "hash")
+            _PREFIX + "method_info",
+            "Methods that can be asked for.",
+            labels=_GAUGES["method_info"],
         )
         for row in self._methods:
             methods.add_metric(row, 1)
         yield methods
+
+
+def _methods() -> list[tuple[str, str, str]]:
+    """Name, version and hash of every registered method."""
+    return [
+        (name, version, get_sparse_method(name, version).content_hash())
+        for name, versions in list_sparse_methods().items()
+        for version in versions
+    ]
 
 
 def _labels(sequence: Sequence) -> tuple[str, str]:

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import math
+import resource
+import socket
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -12,9 +14,11 @@ from fastapi import FastAPI
 from typing_extensions import override
 
 from service.api.holder import EngineHolder
+from service.connection import limited_connections
 from service.settings import Settings
 
 _log = logging.getLogger(__name__)
+_OTHER_FILES = 512  # beside connections: weights, devices, the log, connections for probes
 _FLUSH_S = 5  # for answers that are complete but not yet read
 
 
@@ -25,7 +29,8 @@ class Server(uvicorn.Server):
     signal ends the wait.
 
     Attributes:
-        exit_code: 0 after a signal, 1 if the model could not be loaded or the engine died.
+        exit_code: 0 after a signal, 1 if the model could not be loaded or the engine died, unless
+            the operator wants a server with a dead engine to stay.
     """
 
     def __init__(self, settings: Settings, app: FastAPI, announce: Callable[[str], None]) -> None:
@@ -38,13 +43,28 @@ class Server(uvicorn.Server):
                 access_log=False,  # and api/middleware.py its lines on requests
                 server_header=False,
                 timeout_graceful_shutdown=_FLUSH_S,
+                http=limited_connections(settings, app.state.metrics.http_request),
+                ws="none",
             )
         )
+        self._max_connections = settings.max_connections
         self._holder: EngineHolder = app.state.holder
         self._announce: Callable[[str], None] | None = announce
         self._drain_timeout_s = settings.shutdown_timeout_s
+        self._exits_on_death = settings.exit_on_engine_death
+        self._is_dead = False
         self._drain_until = math.inf
         self.exit_code = 0
+
+    @override
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until the end; every connection is an open file."""
+        needed = self._max_connections + _OTHER_FILES
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < needed:
+            wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        await super().serve(sockets)
 
     @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -83,10 +103,12 @@ class Server(uvicorn.Server):
     def _has_failed(self) -> bool:
         if self._holder.failure is not None:
             return True
-        if self._holder.is_loaded and not self._holder.status().is_alive:
-            _log.error("the engine thread has ended")
-            return True
-        return False
+        self._holder.watch()
+        status = self._holder.status()
+        if self._holder.is_loaded and not status.is_alive and not self._is_dead:
+            self._is_dead = True
+            _log.critical("not ready any more: %s", status.reason)
+        return self._is_dead and self._exits_on_death
 
     def _address(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]

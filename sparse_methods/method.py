@@ -9,7 +9,7 @@ which blocks of keys a served request reads; both halves keep the same blocks on
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -159,6 +159,27 @@ class SparseAttentionMethod(ABC):
     def break_even(self, phase: Phase) -> int:  # noqa: ARG002 - a hook
         """Fewest tokens for which the phase does not run dense: prompt length, or keys of a row."""
         return 0
+
+    def prompt_regime(self, prompt_len: int) -> Hashable:
+        """What a prompt's length decides about its tiles; equal answers may share computed pages.
+
+        Prompts of one method that begin with the same tokens have the same keys and values there
+        if this is equal. A method must override it if its prompt tiles go by the prompt's length in
+        another way than through ``break_even``, ``skip_threshold`` and ``adapt_thresholds``.
+        """
+        if Phase.PREFILL not in self.phases or prompt_len < self.break_even(Phase.PREFILL):
+            return None
+        adapts = type(self).adapt_thresholds is not SparseAttentionMethod.adapt_thresholds
+        return self.skip_threshold(Phase.PREFILL, prompt_len), prompt_len if adapts else None
+
+    def num_independent_rows(self, prompt_len: int) -> int:
+        """Leading rows of a prompt of which nothing but keys and values is needed later on.
+
+        The rows behind them are computed for every request, as what they leave (page scores) is
+        its own. A method that scores pages of some rows only says so here.
+        """
+        scores = type(self).score_pages is not SparseAttentionMethod.score_pages
+        return 0 if scores else prompt_len
 
     def fallback(self, prompt_len: int) -> Fallback | None:
         """What a request with a prompt of this many tokens gets instead of the method, if any."""

@@ -1,5 +1,6 @@
 """Budgets and promises that no linter holds."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,52 @@ def test_importing_a_layer_does_not_import_what_it_must_not_know(module, forbidd
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == "[]"
+
+
+RUNS_WHAT_IT_READS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}
+CALLS_WHAT_IT_READS = {"eval", "exec", "__import__", "compile"}
+ALL_SOURCES = [p for top in (*PACKAGES, "tools", "benchmarks") for p in (ROOT / top).rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_that_is_read_can_run(path):
+    """No pickle, no code from a model's directory, no evaluation of text."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not RUNS_WHAT_IT_READS & {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").partition(".")[0] not in RUNS_WHAT_IT_READS
+        if isinstance(node, ast.Call):
+            check_call(node)
+
+
+def check_call(call):
+    name = ast.unparse(call.func)
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    assert name not in CALLS_WHAT_IT_READS
+    assert given.get("allow_pickle", "False") == "False"
+    assert given.get("trust_remote_code", "False") == "False"
+    if name == "torch.load":
+        assert given.get("weights_only") == "True"
+    if name.endswith(".from_pretrained"):
+        assert given.get("trust_remote_code") == "False"
+        assert given.get("local_files_only") == "True"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "import pickle as p",
+        "from cloudpickle import loads",
+        "torch.load(file)",
+        "numpy.load(file, allow_pickle=True)",
+        "AutoModel.from_pretrained(path)",
+        "AutoModel.from_pretrained(path, local_files_only=True, trust_remote_code=True)",
+        "eval(text)",
+    ],
+)
+def test_what_could_run_is_found(code, tmp_path):
+    (tmp_path / "module.py").write_text(code)
+    with pytest.raises(AssertionError):
+        test_nothing_that_is_read_can_run(tmp_path / "module.py")

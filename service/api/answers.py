@@ -15,7 +15,9 @@ from sparse_methods.statistics import LayerStatistics, PhaseStatistics, RequestS
 class CachedTokens(BaseModel):
     """Prompt tokens whose keys and values were reused."""
 
-    cached_tokens: int
+    cached_tokens: int = Field(
+        description="Of the first choice. They were not computed and count nowhere in `sparsity`."
+    )
 
 
 class Usage(BaseModel):
@@ -87,7 +89,9 @@ class SparsityBlock(BaseModel):
     resolved_from: str = Field(description="Where the method was named: query, body or default.")
     threshold: dict[str, Any]
     fallback: Fallback | None
-    prefill: BlockCounts
+    prefill: BlockCounts = Field(
+        description="Of the prompt's rows that this request computed; cached tokens have none."
+    )
     decode: DecodeCounts
     overall: BlockCounts
     layers: list[LayerSparsity] = Field(default=[], description="With 'layer' or 'head'.")

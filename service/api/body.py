@@ -1,30 +1,64 @@
 """Reading a request body: bounded, strict, and refused in the one shape of errors.
 
 FastAPI's own body handling reads everything first and coerces; this one stops at the limit, takes
-no NaN, and names the field at fault.
+no NaN and no name twice, and names the field at fault.
 """
 
+import asyncio
 import difflib
-from collections.abc import Awaitable, Callable
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import orjson
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from service.api.errors import BodyTooLargeError
-from service.errors import BadRequestError
+from service.api.errors import BodyTooLargeError, RequestTimeoutError
+from service.errors import BadRequestError, QueueFullError
 
 Body = TypeVar("Body", bound=BaseModel)
 _MAX_NAME_CHARACTERS = 64  # of a client's spelling repeated in an error
+
+
+class BodyBudget:
+    """Memory for the bodies that are being read, over all connections, in bytes."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_free = num_bytes
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Room for one body: what is yielded takes some of it, or raises QueueFullError."""
+        num_taken = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal num_taken
+            if num_bytes > self._num_free:
+                raise QueueFullError("Too many large requests come at once; retry later.")
+            self._num_free -= num_bytes
+            num_taken += num_bytes
+
+        try:
+            yield take
+        finally:
+            self._num_free += num_taken
 
 
 def parsed_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
     """Dependency that reads the request body as ``model``."""
 
     async def parse(request: Request) -> Body:
-        limit = request.app.state.settings.max_body_bytes
-        return validate_body(model, await read_json_object(request, limit))
+        limits = request.app.state.settings
+        try:
+            async with asyncio.timeout(limits.client_timeout_s):
+                content = await read_json_object(request, limits.max_body_bytes)
+        except TimeoutError:
+            limit = f"{limits.client_timeout_s:g} s"
+            raise RequestTimeoutError(f"The body took more than {limit} to arrive.") from None
+        return validate_body(model, content)
 
     return parse
 
@@ -47,12 +81,15 @@ async def read_json_object(request: Request, limit_bytes: int) -> dict[str, Any]
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > limit_bytes:
         raise too_large
+    budget: BodyBudget = request.app.state.body_budget
     body = bytearray()
-    async for chunk in request.stream():  # a chunked body declares no length
-        body += chunk
-        if len(body) > limit_bytes:
-            raise too_large
-    return _parse_object(bytes(body))
+    with budget.share() as take:
+        async for chunk in request.stream():  # a chunked body declares no length
+            take(len(chunk))
+            body += chunk
+            if len(body) > limit_bytes:
+                raise too_large
+        return _parse_object(bytes(body))
 
 
 def validate_body(model: type[Body], content: dict[str, Any]) -> Body:
@@ -83,6 +120,30 @@ def _parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise BadRequestError(f"The body must be a JSON object, not a value of type {kind}.")
+    _check_unique_keys(body, content)
+    return content
+
+
+def _check_unique_keys(body: bytes, content: dict[str, Any]) -> None:
+    """Refuse an object that says two things of one name; orjson takes the last one.
+
+    Every name has a colon behind it. A body with no other colons is all right as it is; one that
+    has more, in texts or inner objects, is read once more.
+    """
+    if body.count(b":") == len(content):
+        return
+    try:
+        json.loads(body, object_pairs_hook=_unique)
+    except RecursionError:
+        raise BadRequestError("The body is nested too deeply.") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        name = name[:_MAX_NAME_CHARACTERS]
+        raise BadRequestError(f"The name {name!r} comes twice in one JSON object.", name)
     return content
 
 

@@ -2,19 +2,20 @@
 
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
 
 from service.api.holder import EngineHolder
 from service.api.running import running
-from service.api.schemas import MethodFields, SamplingFields
+from service.api.schemas import MethodFields, SamplingFields, SchedulingFields
 from service.engine.engine import Engine
-from service.engine.generation import Generation, GenerationRequest
+from service.engine.generation import GenerationRequest
 from service.errors import BadRequestError
-from sparse_methods import SparseAttentionMethod, get_sparse_method
+from service.tracing import Followed
+from sparse_methods import SparseAttentionMethod, SparseMethodError, get_sparse_method
 
 _MAX_ECHO = 64  # characters of a client's spelling repeated in an error
 
@@ -46,7 +47,7 @@ class Submission:
     id: str
     engine: Engine
     chosen: ChosenMethod
-    generation: Generation
+    generation: Followed
 
 
 def get_holder(request: Request) -> EngineHolder:
@@ -74,6 +75,9 @@ def query_method(
             )
         if len(request.query_params.getlist(name)) > 1:
             raise BadRequestError(f"The query parameter {name!r} is given more than once.", name)
+    if method is not None:  # so that a refusal of the body says, too, which method it was for
+        with suppress(SparseMethodError):
+            _announce(request, get_sparse_method(method, version))
     return MethodQuery(method, version)
 
 
@@ -101,9 +105,7 @@ def choose_method(
             " setting allow_evaluation_methods.",
             "method",
         )
-    headers = request.state.response_headers
-    headers["X-Sparse-Method"] = cls.registered_name
-    headers["X-Sparse-Version"] = cls.registered_version
+    _announce(request, cls)
     method = engine.calibrated(cls(body.method_params))
     method.check_servable(engine.settings.block_size)
     if query.method is not None or (query.version is not None and body.method is None):
@@ -121,6 +123,8 @@ async def submit(
     prompt: str | list[int],
 ) -> AsyncIterator[Submission]:
     """Hand a prompt to the engine; leaving the context aborts what still runs."""
+    # Only routes whose clients may set them have these fields.
+    scheduling: dict[str, Any] = body.model_dump(include=set(SchedulingFields.model_fields))
     work = GenerationRequest(
         request_id=f"gen-{secrets.token_hex(12)}",
         prompt=prompt if isinstance(prompt, str) else None,
@@ -128,9 +132,17 @@ async def submit(
         method=chosen.method,
         sampling=body.sampling(),
         n=body.n,
+        **scheduling,
     )
     async with running(request, engine, work) as generation:
         yield Submission(work.request_id, engine, chosen, generation)
+
+
+def _announce(request: Request, cls: type[SparseAttentionMethod]) -> None:
+    """Put a method into the headers of the answer."""
+    headers = request.state.response_headers
+    headers["X-Sparse-Method"] = cls.registered_name
+    headers["X-Sparse-Version"] = cls.registered_version
 
 
 def _agreed(field: str, in_query: str | None, in_body: str | None) -> str | None:

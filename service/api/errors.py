@@ -3,6 +3,8 @@
 ServiceError (service/errors.py)
 ├── BadRequestError
 │   ├── BodyTooLargeError      the body is longer than the server takes
+│   ├── HeadTooLargeError      the request line and the headers are
+│   ├── RequestTimeoutError    the request took too long to arrive
 │   └── ClientGoneError        the client left; nobody reads this answer
 """
 
@@ -41,6 +43,14 @@ class BodyTooLargeError(BadRequestError):
     """The request body is longer than the server takes."""
 
 
+class HeadTooLargeError(BadRequestError):
+    """The request line and the headers are longer than the server takes."""
+
+
+class RequestTimeoutError(BadRequestError):
+    """The request took too long to arrive."""
+
+
 class ClientGoneError(BadRequestError):
     """The client left before its answer was ready; the answer only ends the request."""
 
@@ -62,6 +72,8 @@ class ErrorResponse(BaseModel):
 
 _STATUSES: tuple[tuple[type[Exception], int], ...] = (  # the first class that fits decides
     (BodyTooLargeError, 413),
+    (HeadTooLargeError, 431),
+    (RequestTimeoutError, 408),
     (ClientGoneError, 499),
     (BadRequestError, 400),
     (UnauthorizedError, 401),
@@ -76,13 +88,16 @@ _TYPES = {
     401: "UnauthorizedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "PayloadTooLargeError",
     429: "TooManyRequestsError",
+    431: "HeadTooLargeError",
     499: "ClientGoneError",
     503: "ServiceUnavailableError",
 }
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},
     413: {"Connection": "close"},  # what is left of the body is not read
     429: {"Retry-After": "1"},
     500: {"X-Should-Retry": "false"},  # or OpenAI's clients would send the same request thrice
@@ -109,7 +124,7 @@ def describe_error(error: Exception) -> ErrorResponse:
 
 def error_response(error: Exception) -> Response:
     """The answer to a request that ended in ``error``."""
-    return _response(describe_error(error))
+    return _response(describe_error(error), getattr(error, "retry_after_s", None))
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -134,7 +149,7 @@ async def _answer_error(_request: Request, error: Exception) -> Response:
     body = describe_error(error)
     if body.error.code == 500:
         _log.error("request failed", exc_info=error)
-    return _response(body)
+    return _response(body, getattr(error, "retry_after_s", None))
 
 
 async def _answer_validation_error(_request: Request, error: Exception) -> Response:
@@ -167,10 +182,12 @@ def _detail(status: int, message: str, param: str | None) -> ErrorResponse:
     )
 
 
-def _response(body: ErrorResponse) -> Response:
+def _response(body: ErrorResponse, retry_after_s: int | None = None) -> Response:
     status = body.error.code
-    content = orjson.dumps(body.model_dump())
-    return Response(content, status, _HEADERS.get(status), "application/json")
+    headers = dict(_HEADERS.get(status, {}))
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(retry_after_s)
+    return Response(orjson.dumps(body.model_dump()), status, headers, "application/json")
 
 
 def _bounded(message: str) -> str:

@@ -85,6 +85,7 @@ async def generate(
     """Complete one prompt; with ``stream``, send each step as a server-sent event."""
     body, submission = work
     if body.stream:
+        await unless_client_leaves(request.receive, submission.generation.has_begun())
         return EventStream(_events(body, submission))
     answer = await unless_client_leaves(request.receive, _collect(body, submission))
     # `layers` and `heads` are there only if the client asked for them, null values always.

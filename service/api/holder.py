@@ -4,8 +4,9 @@ import logging
 import threading
 from collections.abc import Callable
 
-from service.engine.engine import Engine, EngineStatus
+from service.engine.engine import Engine
 from service.engine.events import EngineEvents
+from service.engine.status import EngineStatus
 from service.errors import UnavailableError
 
 LoadEngine = Callable[[EngineEvents], Engine]
@@ -42,7 +43,7 @@ class EngineHolder:
     def is_busy(self) -> bool:
         """Whether a thread still loads or computes, so that the interpreter cannot end cleanly."""
         is_loading = self._thread is not None and self._thread.is_alive()
-        return is_loading or (self._engine is not None and self._engine.status().is_alive)
+        return is_loading or (self._engine is not None and self._engine.is_busy)
 
     @property
     def engine(self) -> Engine:
@@ -66,6 +67,11 @@ class EngineHolder:
             target=self._run, args=(events,), name="loading", daemon=True
         )
         self._thread.start()
+
+    def watch(self) -> None:
+        """Give the engine up if it hangs."""
+        if self._engine is not None:
+            self._engine.watch()
 
     def drain(self) -> None:
         """Refuse new work from now on."""

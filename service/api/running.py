@@ -10,6 +10,7 @@ from service.api.errors import documented_errors
 from service.engine.engine import Engine
 from service.engine.generation import Generation, GenerationRequest
 from service.errors import NotFoundError
+from service.tracing import Followed, traced
 
 router = APIRouter(tags=["operations"])
 _MAX_ECHO = 64  # characters of a client's spelling repeated in an error
@@ -53,16 +54,17 @@ class RunningRequests:
 @asynccontextmanager
 async def running(
     request: Request, engine: Engine, work: GenerationRequest
-) -> AsyncIterator[Generation]:
-    """Hand work to the engine, to be found under its own id and the request's.
+) -> AsyncIterator[Followed]:
+    """Hand work to the engine, to be found under its own id and the request's, and traced.
 
     Leaving the context aborts what still runs.
     """
     ids = (work.request_id, request.state.response_headers["X-Request-Id"])
     registry: RunningRequests = request.app.state.running
-    async with await engine.submit(work) as generation:
-        with registry.registered(ids, generation):
-            yield generation
+    with traced(work, engine.model_name) as trace:
+        async with await engine.submit(work) as generation:
+            with registry.registered(ids, generation):
+                yield trace.follow(generation)
 
 
 @router.post("/requests/{request_id}/cancel", responses=documented_errors(401, 404))

@@ -118,7 +118,27 @@ class MethodFields(BaseModel):
     )
 
 
-class GenerateRequest(MethodFields, SamplingFields):
+class SchedulingFields(BaseModel):
+    """When a request runs, how long it may take, and whose computed prompts it may share."""
+
+    priority: int = Field(0, ge=-(2**31), lt=2**31, description="Lower values are served earlier.")
+    timeout_s: float | None = Field(
+        None,
+        gt=0,
+        le=86400,
+        description="Seconds after which the answer ends with what there is (finish_reason abort);"
+        " a request whose turn has not come by then gets a 503.",
+    )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="Only requests of the same salt reuse each other's computed prompts; one that"
+        " nobody else uses makes sure that all of the prompt is computed, and counted.",
+    )
+
+
+class GenerateRequest(SchedulingFields, MethodFields, SamplingFields):
     """One prompt to complete."""
 
     prompt: str | None = Field(

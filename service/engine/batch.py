@@ -13,6 +13,7 @@ from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.engine.transfer import to_device
 from service.models.attention import AttentionBatch
+from service.models.method_fault import MethodFaultError
 from sparse_methods.kernels.operation import PageTable, QueryTiles, Tile
 from sparse_methods.kernels.page_summary import PageSegments
 from sparse_methods.statistics import PHASES
@@ -140,7 +141,10 @@ def _log_thresholds(tiles: list[OwnedTile], device: torch.device) -> torch.Tenso
 def _log_threshold(tile: OwnedTile) -> float:
     if not tile.is_sparse:
         return -math.inf
-    threshold = tile.owner.method.skip_threshold(tile.phase, tile.length)
+    try:
+        threshold = tile.owner.method.skip_threshold(tile.phase, tile.length)
+    except Exception as error:
+        raise MethodFaultError(tile.owner.method, tile.owner.slot) from error
     return -math.inf if threshold is None else math.log(threshold)
 
 

@@ -5,52 +5,26 @@ which waits for its tokens. An engine that runs ahead launches the next step bef
 last one, so that the device works while the host deals with tokens.
 """
 
+import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-from service.engine.events import EngineEvents
+from service.engine.deadlines import Deadlines
+from service.engine.events import EngineEvents, FaultKind
+from service.engine.faults import Triage, diagnose, release_frames
+from service.engine.launched import Launched, Progress
 from service.engine.model_runner import ModelRunner
-from service.engine.prompt_logprobs import PromptReport
-from service.engine.sampled import Sampled, no_token_error
+from service.engine.sampled import SampleResult, no_token_error
 from service.engine.sampler import Sampler
-from service.engine.scheduler import Chunk, OutOfPagesError, Scheduler
-from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
+from service.engine.scheduler import OutOfPagesError, Scheduler
+from service.engine.sequence import Finish, FinishReason, Sequence, TokenLogprob, Update
 from service.engine.stopping import OutputBuilder
-from service.errors import ServiceError
+from service.errors import QueueTimeoutError, ServiceError
 from sparse_methods.statistics import RequestStatistics
 
-
-@dataclass
-class _Progress:
-    """What only a live sequence needs: its text so far, and when its last token came."""
-
-    text: OutputBuilder
-    last_token_at: float | None = None
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A step that the device may still be working on.
-
-    Attributes:
-        completed: Sequences that get a token, in the order of ``sampled``.
-        num_runs: Runs begun so far, this step's own included.
-    """
-
-    chunks: list[Chunk]
-    completed: list[Sequence]
-    prompts: list[PromptReport]
-    sampled: Sampled
-    num_runs: int
-    launched_at: float
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether what may come next depends on tokens that only the device knows yet."""
-        return any(sequence.matcher is not None for sequence in self.completed)
+_BELOW_BREAK_EVEN = "below_break_even"  # a label: the words for the client name lengths
+_EXPIRED = "The request waited for its turn until its time was up. Retry later."
+_log = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -80,15 +54,16 @@ class EngineCore:
         self._sampler = sampler
         self._events = events
         self._text_output = text_output
-        self._live: dict[Sequence, _Progress] = {}
+        self._live: dict[Sequence, Progress] = {}
         self._runs_ahead = runs_ahead
         if runs_ahead:
             runner.keep_statistics()
-        self._launched: _Launched | None = None
+        self._launched: Launched | None = None
         self._num_collected_runs = 0
         self._collected_at = 0.0
-        self._at_fault: list[Chunk] = []
+        self._triage = Triage()
         self._updates: dict[Sequence, Update] = {}
+        self._deadlines = Deadlines()
 
     @property
     def has_work(self) -> bool:
@@ -96,24 +71,42 @@ class EngineCore:
         return self._scheduler.has_work or self._launched is not None
 
     @property
+    def device_answers(self) -> bool:
+        """Whether the device still computes; asking waits for it."""
+        return self._runner.answers
+
+    @property
     def num_running(self) -> int:
-        """Sequences that own pages."""
-        return len(self._scheduler.running)
+        """Sequences that are being computed."""
+        return self._scheduler.num_unfinished - self._scheduler.num_unstarted
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for pages or a place."""
-        return len(self._scheduler.waiting)
+        """Sequences of which nothing is being computed yet, or not any more."""
+        return self._scheduler.num_unstarted
 
     @property
     def num_pages_used(self) -> int:
         """Pages owned by sequences."""
         return self._scheduler.num_pages_used
 
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens to compute of the sequences that wait."""
+        return self._scheduler.num_unstarted_tokens
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Pace of recent steps that computed prompts; 0 before the first."""
+        return self._scheduler.prompts.tokens_per_s
+
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in."""
-        self._live[sequence] = _Progress(self._text_output(sequence))
+        self._deadlines.watch(sequence)
+        self._live[sequence] = Progress(self._text_output(sequence))
         self._scheduler.add(sequence)
+        if sequence.method.fallback(sequence.num_prompt_tokens) is not None:
+            self._events.fell_back(sequence, _BELOW_BREAK_EVEN)
 
     def abort(self, sequence: Sequence, reason: str) -> None:
         """End a sequence early and free its pages."""
@@ -132,7 +125,9 @@ class EngineCore:
 
     def step(self) -> dict[Sequence, Update]:
         """Run one step and return what was added to whom: by it, or running ahead, by the last."""
-        self._updates, self._at_fault = {}, []
+        self._updates = {}
+        self._triage.begin_step()
+        self._expire()
         previous, self._launched = self._launched, None
         if previous is not None and previous.is_awaited:
             self._collect(previous)
@@ -147,19 +142,40 @@ class EngineCore:
             self._collect(launched)
         return self._updates
 
-    def fail_step(self, error: ServiceError) -> dict[Sequence, Update]:
-        """Fail the sequences of the step that just raised; the others go on.
+    def _expire(self) -> None:
+        """End whoever's time is up: with what there is, or if it never ran, with an error."""
+        for sequence in self._deadlines.expired(self._live, time.monotonic()):
+            has_run = sequence.first_scheduled_at is not None
+            text = self._live[sequence].text.abort() if has_run else ""
+            finish = self._finish(sequence, FinishReason.ABORT, None)
+            self._events.aborted("deadline")
+            error = None if has_run else QueueTimeoutError(_EXPIRED)
+            self._updates[sequence] = Update(text, finish=finish if has_run else None, error=error)
+
+    def fail_step(self, cause: Exception) -> dict[Sequence, Update]:
+        """Fail whom the step that just raised concerns; the others go on.
 
         Returns what was already added, too: some sequences may have ended.
         """
-        self._events.engine_error()
-        sequences = [chunk.sequence for chunk in self._at_fault if chunk.sequence in self._live]
-        if not self._at_fault:  # the scheduler itself failed: nobody is innocent
-            sequences = list(self._live)
-        for sequence in dict.fromkeys(sequences):
+        verdict = self._triage.judge(cause, self._live, self._runner.num_runs)
+        self._events.engine_error(verdict.kind)
+        for sequence in verdict.failed:
             added = self._updates.get(sequence, Update())
-            self._updates[sequence] = added + self._fail(sequence, error)
+            self._updates[sequence] = added + self._fail(sequence, verdict.error)
+        for sequence in reversed(verdict.restarted):  # each goes to the head of the queue
+            self._scheduler.restart(sequence)
+            self._events.preempted()
+        if verdict.kind is FaultKind.MEMORY:
+            release_frames(cause)
+            self._runner.free_memory()
         return self._updates
+
+    def fail(self, sequence: Sequence, cause: Exception) -> Update:
+        """End a sequence because something that concerns it alone failed."""
+        _log.error("a generation failed", exc_info=cause)
+        kind, error = diagnose(cause)
+        self._events.engine_error(kind)
+        return self._fail(sequence, error)
 
     def fail_all(self, error: ServiceError, reason: str) -> dict[Sequence, Update]:
         """Fail every sequence, as the engine ends."""
@@ -169,7 +185,7 @@ class EngineCore:
             self._events.aborted(reason)
         return {sequence: self._fail(sequence, error) for sequence in sequences}
 
-    def _launch(self, *, may_preempt: bool) -> _Launched | None:
+    def _launch(self, *, may_preempt: bool) -> Launched | None:
         """Ask the next step of the device; None if there is nothing to run, or not yet."""
         launched_at = time.monotonic()
         try:
@@ -180,23 +196,24 @@ class EngineCore:
             self._events.preempted()
         if not chunks:
             return None
-        with self._answering_for(chunks):
+        with self._triage.repeatable(chunks):
             for chunk in chunks:
                 if chunk.sequence.first_scheduled_at is None:
                     chunk.sequence.first_scheduled_at = launched_at
             logits, completed = self._runner.run(chunks)
             prompts = self._sampler.report_prompts(logits[len(completed) :], chunks)
+        self._scheduler.advance(chunks)
+        # Random streams may have moved on, so that a token cannot be chosen a second time.
+        with self._triage.unrepeatable([chunk for chunk in chunks if chunk.completes]):
             sampled = self._sampler.sample(logits[: len(completed)], completed)
             self._runner.keep_tokens(completed, sampled.token_ids)
-            for chunk in chunks:
-                chunk.sequence.num_computed_tokens = chunk.stop
             for sequence in completed:
                 sequence.num_pending_tokens += 1
-        return _Launched(chunks, completed, prompts, sampled, self._runner.num_runs, launched_at)
+        return Launched(chunks, completed, prompts, sampled, self._runner.num_runs, launched_at)
 
-    def _collect(self, step: _Launched) -> None:
+    def _collect(self, step: Launched) -> None:
         """Wait for a step and deal out its tokens to those who still want them."""
-        with self._answering_for(step.chunks):
+        with self._triage.unrepeatable(step.chunks):
             result = step.sampled.result()
             self._num_collected_runs = step.num_runs
             for report in step.prompts:
@@ -205,28 +222,24 @@ class EngineCore:
             for sequence in step.completed:
                 sequence.num_pending_tokens -= 1
             for index, sequence in enumerate(step.completed):
-                if sequence not in self._live:  # aborted, or ended by the token before
-                    continue
-                if index in result.failed:
-                    self._events.engine_error()
-                    self._updates[sequence] = self._fail(sequence, no_token_error(sequence))
-                else:
-                    token_id, logprob = result.token_ids[index], result.logprobs[index]
-                    self._updates[sequence] = self._append(sequence, token_id, logprob)
+                if sequence in self._live:  # not aborted, nor ended by the token before
+                    self._updates[sequence] = self._take(sequence, result, index)
             now = time.monotonic()
             seconds = now - max(step.launched_at, self._collected_at)  # no second counts twice
             self._collected_at = now
-            num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
-            self._events.step(_phase(step.chunks), seconds, num_tokens)
+            if step.phase != "decode":
+                self._scheduler.prompts.note_pace(step.num_tokens, seconds)
+            self._events.step(step.phase, seconds, step.num_tokens)
 
-    @contextmanager
-    def _answering_for(self, chunks: list[Chunk]) -> Iterator[None]:
-        """Whatever raises inside is the fault of these chunks."""
+    def _take(self, sequence: Sequence, result: SampleResult, index: int) -> Update:
+        """Deal out the token of one row; what fails here concerns its sequence only."""
         try:
-            yield
-        except BaseException:
-            self._at_fault += chunks
-            raise
+            if index in result.failed:
+                self._events.engine_error(FaultKind.NUMBERS)
+                return self._fail(sequence, no_token_error(sequence))
+            return self._append(sequence, result.token_ids[index], result.logprobs[index])
+        except Exception as error:  # noqa: BLE001 - the tokens of the others are dealt out, too
+            return self.fail(sequence, error)
 
     def _append(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> Update:
         progress = self._live[sequence]
@@ -252,9 +265,9 @@ class EngineCore:
             reason=reason,
             stop_reason=stop_reason,
             statistics=self._statistics(sequence, reason),
-            timing=_timing(sequence),
+            timing=sequence.timing(),
             num_prompt_tokens=sequence.num_prompt_tokens,
-            num_cached_tokens=0,
+            num_cached_tokens=sequence.num_cached_tokens,
             num_generated_tokens=len(sequence.output_ids),
         )
         self.discard(sequence)
@@ -263,11 +276,13 @@ class EngineCore:
 
     def _statistics(self, sequence: Sequence, reason: FinishReason) -> RequestStatistics:
         """What was read; nothing for a failure, after which the device may not answer."""
-        if reason is FinishReason.ERROR:
+        # Whoever has computed nothing has not cleared the counters of its place either.
+        if reason is FinishReason.ERROR or sequence.num_own_tokens == 0:
             return RequestStatistics()
         return self._runner.statistics(sequence, self._num_collected_runs)
 
     def _fail(self, sequence: Sequence, error: ServiceError) -> Update:
+        self._scheduler.distrust([sequence])
         self._finish(sequence, FinishReason.ERROR, None)
         return Update(error=error)
 
@@ -275,24 +290,3 @@ class EngineCore:
         """Free what a sequence owns and say nothing; one that is unknown is left alone."""
         self._scheduler.remove(sequence)
         self._live.pop(sequence, None)
-
-
-def _phase(chunks: list[Chunk]) -> str:
-    is_decode = [chunk.start >= chunk.sequence.num_prompt_tokens for chunk in chunks]
-    if all(is_decode):
-        return "decode"
-    return "mixed" if any(is_decode) else "prefill"
-
-
-def _timing(sequence: Sequence) -> Timing:
-    """Durations up to now; phases that were never reached took no time."""
-    now = time.monotonic()
-    scheduled = sequence.first_scheduled_at or now
-    first_token = sequence.first_token_at or now
-    return Timing(
-        queue_s=scheduled - sequence.arrived_at,
-        prefill_s=first_token - scheduled,
-        time_to_first_token_s=first_token - sequence.arrived_at,
-        decode_s=now - first_token,
-        total_s=now - sequence.arrived_at,
-    )

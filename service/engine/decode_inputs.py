@@ -12,6 +12,7 @@ from service.engine.grouping import overrides
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.engine.transfer import Landmark
+from service.models.method_fault import MethodFaultError
 from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.views import Phase
 
@@ -148,5 +149,8 @@ class HostInputs:
 def _log_threshold(tenant: _Tenant, kv_len: int) -> float:
     if not tenant.has_threshold:
         return -math.inf
-    threshold = tenant.method.skip_threshold(Phase.DECODE, kv_len)
+    try:
+        threshold = tenant.method.skip_threshold(Phase.DECODE, kv_len)
+    except Exception as error:
+        raise MethodFaultError(tenant.method, tenant.slot) from error
     return -math.inf if threshold is None else math.log(threshold)

@@ -3,24 +3,25 @@
 import asyncio
 import dataclasses
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from service.engine.admission import Admission
 from service.engine.core import EngineCore
-from service.engine.events import EngineEvents
+from service.engine.events import EngineEvents, FaultKind
 from service.engine.generation import (
     Generation,
     GenerationRequest,
-    build_sequence,
+    build_sequences,
     check_logit_bias,
 )
 from service.engine.grammar import GrammarCompiler
 from service.engine.kv_cache import PageAllocator
-from service.engine.loop import Address, EngineLoop, Outbox
+from service.engine.loop import Address, EngineLoop
 from service.engine.model_runner import ModelRunner
+from service.engine.outbox import Outbox
 from service.engine.parallel import (
     LeadingRunner,
     Ranks,
@@ -32,14 +33,15 @@ from service.engine.parallel import (
 )
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Limits, Scheduler
-from service.engine.sequence import Sequence
+from service.engine.status import EngineStatus
 from service.engine.stopping import OutputBuilder
 from service.engine.tokenizer import Tokenizer
 from service.engine.trial import packed_logits
+from service.engine.watchdog import Watchdog
 from service.errors import (
     BadRequestError,
     PromptTooLongError,
-    QueueFullError,
+    TokenizerError,
     UnavailableError,
 )
 from service.models.calibration_file import load_calibrations
@@ -49,20 +51,7 @@ from service.models.self_test import SelfTestReport, run_self_test
 from service.settings import Settings
 from sparse_methods import SparseAttentionMethod, get_sparse_method, latest_version
 
-
-@dataclass(frozen=True)
-class EngineStatus:
-    """What probes and gauges need; reading it never waits for the engine."""
-
-    loaded: bool
-    is_alive: bool
-    is_draining: bool
-    is_stalled: bool
-    reason: str
-    num_running: int
-    num_waiting: int
-    num_pages_total: int
-    num_pages_used: int
+_HANG_FACTOR = 4  # of the time after which the engine counts as stuck
 
 
 class Engine:
@@ -111,7 +100,11 @@ class Engine:
         self.runner = runner
         self.core = self._build_core(runner)
         self._loop = EngineLoop(self.core)
+        if ranks is not None:
+            ranks.followers.on_failure(self._loop.abandon)
+        self._admission = Admission(settings, capacity, self.core, self._loop)
         self._is_draining = False
+        self._watchdog = Watchdog(_HANG_FACTOR * settings.stall_timeout_s)
         self.self_test: SelfTestReport | None = None
 
     @classmethod
@@ -142,8 +135,19 @@ class Engine:
         self._is_draining = True
         self._loop.stop()
         if self._ranks is not None:
-            self.runner.forget_graphs()
-            self._ranks.stop()
+            self._ranks.stop(self.runner)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine thread runs, even if it serves nobody any more."""
+        return self._loop.is_busy
+
+    def watch(self) -> None:
+        """Give the engine up if it hangs; whoever serves calls this again and again."""
+        age_s = self._idle_s
+        if self._watchdog.bites(age_s) and self._loop.is_alive:
+            self.events.engine_error(FaultKind.HANG)
+            self._loop.abandon(f"it has made no progress for {age_s:.0f} s")
 
     def drain(self) -> None:
         """Refuse new work from now on; running generations go on."""
@@ -170,16 +174,16 @@ class Engine:
         """
         request = dataclasses.replace(request, method=self.calibrated(request.method))
         request.method.check_servable(self.settings.block_size)
-        if self._ranks is not None:
-            check_splits(request.method)
+        check_splits(request.method, group_of(self._ranks))
         check_logit_bias(request.sampling, self.tokenizer.vocab_size)
-        self._check_admission(request.n)  # before the work of encoding, and again after it
+        self._check_admission(request.n, 0)  # before the work of encoding, and again after it
         prompt_ids = await self._encode(request)
         self._check_prompt(prompt_ids)
         matcher = await self._grammars.matcher(request.sampling.grammar)
-        self._check_admission(request.n)
+        self._check_admission(request.n, request.n * len(prompt_ids))
         outbox, event_loop = Outbox(), asyncio.get_running_loop()
-        sequences = [self._sequence(request, prompt_ids, index) for index in range(request.n)]
+        room = self.max_context_tokens - len(prompt_ids)
+        sequences = build_sequences(request, prompt_ids, room, self.settings)
         for index, sequence in enumerate(sequences):
             sequence.matcher = None if matcher is None else matcher.fork()
             self._loop.add(sequence, Address(event_loop, outbox, index))
@@ -193,19 +197,20 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """State of the engine, read without waiting."""
-        age_s = time.monotonic() - max(self._loop.heartbeat, self.runner.heartbeat)
+        age_s = self._idle_s
         is_stalled = age_s > self.settings.stall_timeout_s
-        reason = "" if self._ranks is None else self._ranks.failure
-        is_alive = self._loop.is_alive and not reason
-        if not is_alive:
-            reason = reason or "the engine thread is not running"
+        reason = ""
+        if self._loop.death:
+            reason = f"the engine cannot go on: {self._loop.death}"
+        elif not self._loop.is_alive:
+            reason = "the engine thread is not running"
         elif self._is_draining:
             reason = "the server is draining"
         elif is_stalled:
             reason = f"the engine has made no progress for {age_s:.0f} s"
         return EngineStatus(
             loaded=True,
-            is_alive=is_alive,
+            is_alive=self._loop.is_alive,
             is_draining=self._is_draining,
             is_stalled=is_stalled,
             reason=reason,
@@ -224,6 +229,11 @@ class Engine:
         """[len, V] logits of each prompt through the packed path, before the thread starts."""
         return packed_logits(self.runner, prompts, self.settings.max_step_tokens)
 
+    @property
+    def _idle_s(self) -> float:
+        """Seconds since the engine last showed that it makes progress."""
+        return time.monotonic() - max(self._loop.heartbeat, self.runner.heartbeat)
+
     def _build_core(self, runner: ModelRunner) -> EngineCore:
         settings = self.settings
         pages = PageAllocator(self._num_pages, settings.block_size)
@@ -231,6 +241,7 @@ class Engine:
             max_step_tokens=settings.max_step_tokens,
             max_running=settings.max_running_requests,
             block_size=settings.block_size,
+            max_prefill_s=settings.max_prefill_s,
         )
         return EngineCore(
             runner=runner,
@@ -245,16 +256,11 @@ class Engine:
             else settings.run_ahead,
         )
 
-    def _check_admission(self, num_choices: int) -> None:
+    def _check_admission(self, num_choices: int, num_tokens: int) -> None:
         status = self.status()
         if status.reason:
             raise UnavailableError(f"No new work is accepted: {status.reason}.")
-        num_allowed = self.settings.max_waiting_requests + self.settings.max_running_requests
-        if self._loop.num_unfinished + num_choices > num_allowed:
-            raise QueueFullError(
-                f"{self._loop.num_unfinished} generations run or wait already; this server holds"
-                f" {num_allowed} at most. Retry later."
-            )
+        self._admission.check(num_choices, num_tokens)
 
     async def _encode(self, request: GenerationRequest) -> list[int]:
         if request.prompt_ids is not None:
@@ -269,9 +275,13 @@ class Engine:
                 f" into the context of {self.max_context_tokens} tokens.",
                 "prompt",
             )
-        return await asyncio.to_thread(
-            self.tokenizer.encode, prompt, adds_special_tokens=request.adds_special_tokens
-        )
+        try:
+            return await asyncio.to_thread(
+                self.tokenizer.encode, prompt, adds_special_tokens=request.adds_special_tokens
+            )
+        except TokenizerError:
+            self.events.engine_error(FaultKind.TOKENIZER)
+            raise
 
     def _check_prompt(self, prompt_ids: list[int]) -> None:
         if not prompt_ids:
@@ -288,10 +298,3 @@ class Engine:
                 f" {self.max_context_tokens} and must leave room for at least one new token.",
                 "prompt",
             )
-
-    def _sequence(self, request: GenerationRequest, prompt_ids: list[int], index: int) -> Sequence:
-        room = self.max_context_tokens - len(prompt_ids)
-        max_tokens = min(request.sampling.max_tokens, room)
-        sampling = dataclasses.replace(request.sampling, max_tokens=max_tokens)
-        request_id = f"{request.request_id}-{index}" if request.n > 1 else request.request_id
-        return build_sequence(request_id, prompt_ids, request.method, sampling, index)

@@ -1,8 +1,20 @@
 """What the engine tells whoever counts: one call per event, from the engine thread."""
 
+from enum import StrEnum
 from typing import Protocol
 
 from service.engine.sequence import Finish, Sequence
+
+
+class FaultKind(StrEnum):
+    """What failed; the label of the errors that are counted."""
+
+    STEP = "step"  # a step, nobody in particular
+    METHOD = "method"  # a sparse attention method
+    MEMORY = "memory"
+    NUMBERS = "numbers"  # logits that are not numbers
+    TOKENIZER = "tokenizer"
+    HANG = "hang"
 
 
 class EngineEvents(Protocol):
@@ -14,14 +26,14 @@ class EngineEvents(Protocol):
     def preempted(self) -> None:
         """A running generation gave way and will be recomputed."""
 
-    def engine_error(self) -> None:
-        """A step failed."""
+    def engine_error(self, kind: FaultKind) -> None:
+        """A step or a generation failed."""
 
     def finished(self, sequence: Sequence, finish: Finish) -> None:
         """A generation ended, aborted ones included."""
 
     def aborted(self, reason: str) -> None:
-        """A generation was aborted: client, cancelled or shutdown."""
+        """A generation was aborted: client, cancelled, deadline, shutdown or death."""
 
     def first_token(self, sequence: Sequence, seconds: float) -> None:
         """A generation's first token came this long after its arrival."""
@@ -42,7 +54,7 @@ class NoEvents:
     def preempted(self) -> None:
         """Ignore."""
 
-    def engine_error(self) -> None:
+    def engine_error(self, kind: FaultKind) -> None:
         """Ignore."""
 
     def finished(self, sequence: Sequence, finish: Finish) -> None:

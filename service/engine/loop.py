@@ -1,7 +1,8 @@
 """The engine thread, and the only place where it meets asyncio.
 
 Commands go down through an inbox; after each step all updates go up in one wake-up of the event
-loop. An exception in a step fails the sequences of that step, is counted, and the thread lives on.
+loop. An exception in a step fails those whom it concerns, is counted, and the thread lives on,
+until the device answers no more or nothing but failures comes out.
 """
 
 import asyncio
@@ -9,40 +10,21 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from service.engine.core import EngineCore
+from service.engine.events import FaultKind
+from service.engine.faults import diagnose
+from service.engine.outbox import Outbox
 from service.engine.sequence import Sequence, Update
-from service.errors import GenerationError, UnavailableError
+from service.errors import UnavailableError
 
 _log = logging.getLogger(__name__)
 _STOPPED = "The server was stopped before the generation ended."
-_FAILED = "The engine failed while it worked on this request."
+MAX_FAILED_STEPS = 10  # in a row, before the engine is given up
+_ENDING_S = 0.1  # for a thread that has been given up, and may hang
 _IDLE_WAIT_S = 0.5  # how often an idle engine shows that it is alive
-
-
-class Outbox:
-    """Updates of one generation on their way to its reader; a slow reader gets them merged."""
-
-    def __init__(self) -> None:
-        self._pending: dict[int, Update] = {}
-        self._arrived = asyncio.Event()
-
-    def put(self, index: int, update: Update) -> None:
-        """Add an update of choice ``index``; called on the event loop."""
-        before = self._pending.get(index)
-        self._pending[index] = update if before is None else before + update
-        self._arrived.set()
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
-        """Yield (choice index, update) as they come, without end."""
-        while True:
-            await self._arrived.wait()
-            self._arrived.clear()
-            pending, self._pending = self._pending, {}
-            for item in pending.items():
-                yield item
 
 
 @dataclass(frozen=True)
@@ -55,12 +37,20 @@ class Address:
 
 
 class EngineLoop:
-    """Runs an ``EngineCore`` in a thread of its own."""
+    """Runs an ``EngineCore`` in a thread of its own.
+
+    Attributes:
+        death: Why the engine cannot go on; empty as long as it can.
+        heartbeat: When the thread last began a step, by the monotonic clock.
+    """
 
     def __init__(self, core: EngineCore) -> None:
         self._core = core
+        self._num_failed_steps = 0  # in a row, and nobody's fault in particular
+        self.death = ""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._addresses: dict[Sequence, Address] = {}
+        self._entering: dict[Sequence, int] = {}  # tokens of those in the inbox
         self._admission = threading.Lock()  # between a last submission and the end of the thread
         self._is_closed = False
         self._stopping = threading.Event()
@@ -69,13 +59,23 @@ class EngineLoop:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the engine can still serve."""
+        return self._thread.is_alive() and not self.death
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the thread runs, if only to end."""
         return self._thread.is_alive()
 
     @property
     def num_unfinished(self) -> int:
         """Generations submitted that have not ended."""
         return len(self._addresses)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens to compute of the generations that wait, those in the inbox included."""
+        return self._core.num_waiting_tokens + sum(list(self._entering.values()))
 
     def start(self) -> None:
         """Start the thread."""
@@ -90,11 +90,19 @@ class EngineLoop:
         self._stopping.set()
         self._inbox.put(lambda: None)
         if self._thread.is_alive():
-            self._thread.join(timeout_s)
+            self._thread.join(_ENDING_S if self._is_closed else timeout_s)
         with self._admission:
             self._is_closed = True
         waiting = list(self._addresses)
         self._deliver({sequence: Update(error=UnavailableError(_STOPPED)) for sequence in waiting})
+
+    def abandon(self, reason: str) -> None:
+        """Give up a thread that hangs: tell every client, and let it end if it ever comes back."""
+        with self._admission:
+            self._is_closed = True
+            self.death = reason
+        error = UnavailableError(_dead(reason))
+        self._deliver(dict.fromkeys(list(self._addresses), Update(error=error)))
 
     def add(self, sequence: Sequence, address: Address) -> None:
         """Hand a sequence to the engine; its updates go to ``address``.
@@ -106,7 +114,8 @@ class EngineLoop:
             if self._is_closed:
                 raise UnavailableError("The engine has stopped.")
             self._addresses[sequence] = address
-            self._inbox.put(lambda: self._guard(sequence, lambda: self._core.add(sequence)))
+            self._entering[sequence] = sequence.num_tokens
+            self._inbox.put(lambda: self._take_in(sequence))
 
     def abort(self, sequence: Sequence, reason: str) -> None:
         """End a sequence early and free its pages; one that has ended is left alone."""
@@ -125,22 +134,27 @@ class EngineLoop:
 
         self._inbox.put(lambda: self._guard(sequence, command))
 
+    def _take_in(self, sequence: Sequence) -> None:
+        del self._entering[sequence]
+        self._guard(sequence, lambda: self._core.add(sequence))
+
     def _guard(self, sequence: Sequence, command: Callable[[], None]) -> None:
         """Run a command about one sequence; if it fails, only that sequence does."""
         try:
             command()
         except Exception as error:  # noqa: BLE001 - one request must not end the engine
-            _log.error("engine command failed", exc_info=error)
-            self._core.discard(sequence)
-            self._deliver({sequence: Update(error=GenerationError(_FAILED))})
+            self._deliver({sequence: self._core.fail(sequence, error)})
 
     def _run(self) -> None:
         try:
-            while not self._stopping.is_set():
+            while not (self._stopping.is_set() or self.death):
                 self._take_commands()
                 self.heartbeat = time.monotonic()
                 if self._core.has_work:
                     self._deliver(self._step())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, clients must be told
+            _log.critical("the engine thread ends", exc_info=error)
+            self.death = "its thread failed"
         finally:
             self._close()
 
@@ -158,10 +172,10 @@ class EngineLoop:
         """Nobody may wait for an engine that has ended."""
         with self._admission:
             self._is_closed = True
-        failure = UnavailableError(_STOPPED)
+        failure = UnavailableError(_dead(self.death) if self.death else _STOPPED)
         updates: dict[Sequence, Update] = {}
         try:
-            updates = self._core.fail_all(failure, "shutdown")
+            updates = self._core.fail_all(failure, "death" if self.death else "shutdown")
         except Exception as error:  # noqa: BLE001 - whatever is broken, clients are told
             _log.error("the engine did not end cleanly", exc_info=error)
         unheard = dict.fromkeys(list(self._addresses), Update(error=failure))
@@ -169,10 +183,25 @@ class EngineLoop:
 
     def _step(self) -> dict[Sequence, Update]:
         try:
-            return self._core.step()
+            updates = self._core.step()
         except Exception as error:  # noqa: BLE001 - the one frame that keeps the engine alive
             _log.error("engine step failed", exc_info=error)
-            return self._core.fail_step(GenerationError(_FAILED))
+            return self._recover(error)
+        self._num_failed_steps = 0
+        return updates
+
+    def _recover(self, error: Exception) -> dict[Sequence, Update]:
+        """Fail whom the failed step concerns, and decide whether there can be another one."""
+        updates = self._core.fail_step(error)
+        if diagnose(error)[0] is FaultKind.STEP:
+            self._num_failed_steps += 1
+        if not self._core.device_answers:
+            self.death = "the device answers no more"
+        elif self._num_failed_steps >= MAX_FAILED_STEPS:
+            self.death = f"{self._num_failed_steps} steps in a row failed"
+        if self.death:
+            _log.critical("the engine cannot go on: %s", self.death)
+        return updates
 
     def _deliver(self, updates: dict[Sequence, Update]) -> None:
         """Send updates up: one wake-up per event loop, however many sequences moved."""
@@ -195,6 +224,10 @@ class EngineLoop:
         for sequence in [s for s, a in list(self._addresses.items()) if a is address]:
             del self._addresses[sequence]
             self._core.abort(sequence, "client")
+
+
+def _dead(reason: str) -> str:
+    return f"The engine cannot go on: {reason}."
 
 
 def _put_all(items: list[tuple[Address, Update]]) -> None:

@@ -78,6 +78,21 @@ class ModelRunner:
         """When a layer last ran, by the monotonic clock."""
         return self.attention.heartbeat
 
+    @property
+    def answers(self) -> bool:
+        """Whether the device still computes: after some faults it never does again."""
+        try:
+            return torch.ones(1, device=self.device).item() == 1
+        except torch.OutOfMemoryError:
+            return True
+        except RuntimeError:
+            return False
+
+    def free_memory(self) -> None:
+        """Give back what the allocator keeps although no tensor needs it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def run(self, chunks: Items[Chunk]) -> tuple[torch.Tensor, list[Sequence]]:
         """Compute the chunks; return logits and the S sequences that get a next token.
@@ -85,7 +100,7 @@ class ModelRunner:
         The logits [S + P, V] are theirs, and then those of prompt rows that are to be reported.
         """
         for chunk in chunks:
-            if chunk.start == 0:
+            if chunk.is_first:
                 self._reset_statistics(chunk.sequence)
         self.num_runs += 1
         if self._before_run is not None:

@@ -55,9 +55,10 @@ class Ranks:
         """Why nothing is computed any more; empty as long as all is well."""
         return self.followers.failure
 
-    def stop(self) -> None:
-        """End the other ranks."""
+    def stop(self, runner: ModelRunner) -> None:
+        """End the other ranks, once nothing is run any more."""
         self.followers.dismiss()
+        runner.forget_graphs()
         if not self.failure:  # or it would wait for a rank that is lost
             self.group.leave()
         self.followers.stop()
@@ -135,13 +136,13 @@ def num_pages_of_all(
     return group.smallest(num_pages(settings, geometries, loaded))
 
 
-def check_splits(method: SparseAttentionMethod) -> None:
-    """Refuse a method that must see all heads.
+def check_splits(method: SparseAttentionMethod, group: RankGroup | None) -> None:
+    """Refuse a method that must see all heads if ranks share them.
 
     Raises:
         BadRequestError: The message names the methods that are served.
     """
-    if not method.splits_over_ranks():
+    if group is not None and not method.splits_over_ranks():
         names = [n for n in list_sparse_methods() if get_sparse_method(n).tensor_parallel_safe]
         raise BadRequestError(
             f"Method {method.name!r} decides by all heads together, and this server divides them"

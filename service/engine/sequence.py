@@ -1,5 +1,7 @@
 """One generation inside the engine, and the values that cross its border."""
 
+import math
+import sys
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -7,6 +9,7 @@ from enum import StrEnum
 import torch
 
 from service.engine.grammar import Grammar, Matcher
+from service.engine.prefix import PrefixKeys
 from service.errors import ServiceError
 from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.statistics import RequestStatistics
@@ -144,6 +147,13 @@ class Sequence:
         pages: Physical pages of the KV cache it owns, in logical order.
         slot: Row of the statistics buffer it owns while it runs; None while it waits.
         matcher: Follows it through its grammar; None if its text is free.
+        prefix: Keys of its prompt's pages; None if they are neither looked for nor found by others.
+        num_cached_tokens: Leading tokens of the prompt that it took over instead of computing them.
+        most_cached_tokens: How many it may take over. Starting over, it takes no more than when it
+            first started: rows that it computed itself must count in its statistics.
+        priority: Lower values are served earlier.
+        queue_deadline: Until when it must have been scheduled, by the monotonic clock.
+        deadline: Until when it must have ended.
     """
 
     request_id: str
@@ -158,6 +168,12 @@ class Sequence:
     slot: int | None = None
     matcher: Matcher | None = None
     num_preemptions: int = 0
+    prefix: PrefixKeys | None = None
+    num_cached_tokens: int = 0
+    most_cached_tokens: int = sys.maxsize
+    priority: int = 0
+    queue_deadline: float = math.inf
+    deadline: float = math.inf
     arrived_at: float = field(default_factory=time.monotonic)
     first_scheduled_at: float | None = None
     first_token_at: float | None = None
@@ -181,6 +197,11 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose keys and values are still missing; 1 while decoding."""
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Tokens that it computed itself since it (last) started."""
+        return self.num_computed_tokens - self.num_cached_tokens
 
     @property
     def awaits_last_token(self) -> bool:
@@ -208,3 +229,16 @@ class Sequence:
         tail = self.output_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)]
         num_pending = stop - start - len(head) - len(tail)
         return head + tail + [self.token(stop - 1)] * num_pending
+
+    def timing(self) -> Timing:
+        """Durations up to now; phases that were never reached took no time."""
+        now = time.monotonic()
+        scheduled = self.first_scheduled_at or now
+        first_token = self.first_token_at or now
+        return Timing(
+            queue_s=scheduled - self.arrived_at,
+            prefill_s=first_token - scheduled,
+            time_to_first_token_s=first_token - self.arrived_at,
+            decode_s=now - first_token,
+            total_s=now - self.arrived_at,
+        )

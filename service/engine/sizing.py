@@ -24,11 +24,27 @@ def num_pages(settings: Settings, geometries: Items[LayerGeometry], loaded: Load
     """
     parameter = next(loaded.model.parameters())
     page_bytes = bytes_per_token(geometries, parameter.dtype) * settings.block_size
+    free = 0 if settings.kv_cache_bytes is not None else free_memory_bytes(parameter.device)
+    context = min(loaded.max_context_tokens, settings.max_context_tokens or 2**62)
+    return pages_within(settings, free, page_bytes, context)
+
+
+def pages_within(settings: Settings, free_bytes: int, page_bytes: int, context_tokens: int) -> int:
+    """The same from numbers alone.
+
+    Args:
+        settings: What the cache may take, and how many requests run at once.
+        free_bytes: Memory that is free once the weights are loaded.
+        page_bytes: Keys and values of a page, over all layers.
+        context_tokens: Longest prompt plus output.
+
+    Raises:
+        ModelNotSupportedError: Not even MIN_PAGES fit.
+    """
     budget = settings.kv_cache_bytes
     if budget is None:
-        budget = int(free_memory_bytes(parameter.device) * settings.kv_cache_memory_fraction)
-    context = min(loaded.max_context_tokens, settings.max_context_tokens or 2**62)
-    pages_per_request = -(-context // settings.block_size)
+        budget = int(free_bytes * settings.kv_cache_memory_fraction)
+    pages_per_request = -(-context_tokens // settings.block_size)
     most_used = max(MIN_PAGES, pages_per_request * settings.max_running_requests)
     count = min(budget // page_bytes, most_used)
     if count < MIN_PAGES:

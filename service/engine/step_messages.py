@@ -40,6 +40,7 @@ class ChunkMessage(NamedTuple):
     num_tokens: int
     slot: int | None
     num_preemptions: int
+    num_cached_tokens: int
     num_computed_tokens: int
     num_pending_tokens: int
     num_kept_outputs: int
@@ -105,6 +106,7 @@ class StepWriter:
             num_tokens=chunk.num_tokens,
             slot=sequence.slot,
             num_preemptions=sequence.num_preemptions,
+            num_cached_tokens=sequence.num_cached_tokens,
             num_computed_tokens=sequence.num_computed_tokens,
             num_pending_tokens=sequence.num_pending_tokens,
             num_kept_outputs=known.num_outputs,
@@ -153,6 +155,7 @@ class StepReader:
         copy = self._copies[message.number]
         copy.slot = message.slot
         copy.num_preemptions = message.num_preemptions
+        copy.num_cached_tokens = message.num_cached_tokens
         copy.num_computed_tokens = message.num_computed_tokens
         copy.num_pending_tokens = message.num_pending_tokens
         copy.output_ids[message.num_kept_outputs :] = message.output_ids

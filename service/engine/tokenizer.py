@@ -9,6 +9,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from service.engine.chat_template import ChatTemplate
-from service.errors import BadRequestError, ModelNotSupportedError
+from service.errors import BadRequestError, ModelNotSupportedError, TokenizerError
 
 REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
@@ -109,13 +110,15 @@ class Tokenizer:
 
         Raises:
             BadRequestError: The text holds half of a surrogate pair.
+            TokenizerError: The tokenizer failed.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             message = f"The prompt is not valid Unicode at character {error.start}"
             raise BadRequestError(message, param="prompt") from error
-        return self._backend.encode(text, add_special_tokens=adds_special_tokens).ids
+        with _naming_failures():
+            return self._backend.encode(text, add_special_tokens=adds_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens; special and unknown ones have none."""
@@ -150,7 +153,8 @@ class Tokenizer:
         """What the token adds to running text; its name if it is special, nothing if unknown."""
         known = self._bytes.get(token_id)
         if known is None:
-            known = self._bytes[token_id] = self._find_bytes(token_id)
+            with _naming_failures():
+                known = self._bytes[token_id] = self._find_bytes(token_id)
         return known
 
     def has_text(self, token_id: int) -> bool:
@@ -205,7 +209,8 @@ class Tokenizer:
         return text.removeprefix(before).encode()
 
     def _opening_bytes(self, token_id: int) -> bytes:
-        text = self._backend.decode([token_id])
+        with _naming_failures():
+            text = self._backend.decode([token_id])
         # Part of a character has no text of its own, so nothing can have been dropped from it.
         return self.token_bytes(token_id) if REPLACEMENT in text else text.encode()
 
@@ -217,6 +222,18 @@ class Tokenizer:
                 "The tokenizer's decoder looks at several tokens at once, so its text cannot "
                 f"be streamed: it reads {whole!r} where its tokens one by one read {ours!r}"
             )
+
+
+@contextmanager
+def _naming_failures() -> Iterator[None]:
+    """Make one error of ours out of whatever the library raises."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of the library is no Exception, so that it would end the thread.
+        if isinstance(error, Exception) or type(error).__module__.startswith("pyo3"):
+            raise TokenizerError("The tokenizer failed on this request.") from error
+        raise
 
 
 class TextStream:

@@ -60,17 +60,23 @@ def discover_on_meta(config: PreTrainedConfig) -> list[DiscoveredLayer] | None:
     Raises:
         ModelNotSupportedError: The model cannot be served; the message says why.
     """
-    config = copy.deepcopy(config)  # building a model mutates its config
     try:
-        with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=torch.bfloat16,  # the one type for which grouped experts run on meta
-                trust_remote_code=False,
-            )
-        return _discover(model.eval())
+        return _discover(build_on_meta(config))
     except _FAILURES:  # "meta tensors have no data", in its many wordings
         return None
+
+
+def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of this config that has shapes, but no memory and no weights."""
+    config = copy.deepcopy(config)  # building a model mutates its config
+    with quiet(), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.bfloat16,  # the one type for which grouped experts run on meta
+            trust_remote_code=False,
+        )
+    model.eval()
+    return model
 
 
 def discover(model: PreTrainedModel) -> list[DiscoveredLayer]:

@@ -103,10 +103,10 @@ def load_model(
     directory = path or default_model_directory()
     check_directory(directory)
     place = _resolve_device(device)
-    config = _read_config(directory)
-    limit = _resolve_context(config, max_context_tokens)
+    config = read_config(directory)
+    limit = resolve_context(config, max_context_tokens)
     layers = discover_on_meta(config)  # refuses what cannot be served before it reads the weights
-    model = _load_weights(directory, place, _resolve_dtype(dtype, place), progress)
+    model = _load_weights(directory, place, resolve_dtype(dtype, place), progress)
     layers = discover(model) if layers is None else attach(layers, model)
     notes = pin_rope(model, limit) + tuple(dict.fromkeys(n for la in layers for n in la.notes))
     set_attention(model, NAME)
@@ -128,8 +128,12 @@ def load_model(
     )
 
 
-def check_directory(directory: Path) -> None:
+def check_directory(directory: Path, *, needs_weights: bool = True) -> None:
     """Refuse what is no model, what could run code when it is read, and what needs its own code.
+
+    Args:
+        directory: Of the model.
+        needs_weights: Whether a config alone is not enough.
 
     Raises:
         ModelNotSupportedError: The message says what is wrong with the directory.
@@ -137,7 +141,7 @@ def check_directory(directory: Path) -> None:
     if not directory.is_dir():
         raise ModelNotSupportedError(f"{directory} is not a directory with a model in it.")
     raw = _read_json(directory / "config.json")
-    if not any(directory.glob("*.safetensors")):
+    if needs_weights and not any(directory.glob("*.safetensors")):
         pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
         found = f" but {', '.join(pickles)}, and a pickle can run code when read" if pickles else ""
         raise ModelNotSupportedError(
@@ -172,14 +176,20 @@ def _resolve_device(device: str) -> torch.device:
     return torch.device("cuda" if device == "cuda" or (device == "auto" and has_gpu) else "cpu")
 
 
-def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Type of the weights and the KV cache; auto is float32 on a CPU, bfloat16 on a GPU."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     resolved: torch.dtype = getattr(torch, dtype)
     return resolved
 
 
-def _read_config(directory: Path) -> PreTrainedConfig:
+def read_config(directory: Path) -> PreTrainedConfig:
+    """The model's config.
+
+    Raises:
+        ModelNotSupportedError: transformers refuses it.
+    """
     try:
         with quiet():
             config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -190,8 +200,12 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     return config
 
 
-def _resolve_context(config: PreTrainedConfig, asked: int | None) -> int:
-    """The context asked for if the model can do it, else the model's own."""
+def resolve_context(config: PreTrainedConfig, asked: int | None) -> int:
+    """The context asked for if the model can do it, else the model's own; tokens.
+
+    Raises:
+        ModelNotSupportedError: The model cannot do it, or nobody names a context.
+    """
     limit = context_limit(config.get_text_config())
     if limit is None and asked is None:
         raise ModelNotSupportedError(

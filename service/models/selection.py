@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from service.models.method_fault import MethodFaultError
 from sparse_methods.kernels.operation import BlockLists, LayerGeometry, QueryTiles, visible_blocks
 from sparse_methods.kernels.selection import OwnedLists, merge
 from sparse_methods.method import SparseAttentionMethod
@@ -122,13 +123,9 @@ def select(
     decided = {} if decided is None else decided
     answers: list[tuple[PrefillGroup | DecodeGroup, Selection]] = []
     for place, group in enumerate(groups):
-        if place not in decided:
-            ask = _ask_prefill if isinstance(group, PrefillGroup) else _ask_decode
-            selection = ask(layer, query, group)  # type: ignore[arg-type]
-            if not group.method.selects_per_layer:
-                decided[place] = selection
-        else:
-            selection = decided[place]
+        selection = decided[place] if place in decided else _ask(layer, query, group)
+        if not group.method.selects_per_layer:
+            decided[place] = selection
         if selection is not None:
             answers.append((group, selection))
     if not answers:
@@ -195,12 +192,28 @@ def adapt_thresholds(
             layer=layer.index,
             num_layers=layer.num_layers,
         )
-        values = group.method.adapt_thresholds(view)
+        try:
+            values = group.method.adapt_thresholds(view)
+        except Exception as error:
+            raise MethodFaultError(group.method) from error
         if values is not None and group.members is not None:
             values = torch.where(group.members, values, adapted[group.tiles])
         if values is not None:
             adapted[group.tiles] = values
     return adapted
+
+
+def _ask(
+    layer: Layer, query: torch.Tensor, group: PrefillGroup | DecodeGroup
+) -> BlockSelection | PageSelection | None:
+    """What a method decides, or who is concerned if it raises."""
+    try:
+        if isinstance(group, PrefillGroup):
+            return _ask_prefill(layer, query, group)
+        return _ask_decode(layer, query, group)
+    except Exception as error:
+        slot = group.slot if isinstance(group, PrefillGroup) else None
+        raise MethodFaultError(group.method, slot) from error
 
 
 def _ask_prefill(layer: Layer, query: torch.Tensor, group: PrefillGroup) -> BlockSelection | None:

@@ -11,6 +11,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
@@ -42,6 +43,7 @@ class Followers:
     def __init__(self, module: str, size: int) -> None:
         self.failure = ""
         self._is_stopping = False
+        self._tell: Callable[[str], None] | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
         for rank in range(1, size):
@@ -58,6 +60,10 @@ class Followers:
     def pids(self) -> list[int]:
         """Process ids, by rank from 1 on."""
         return [process.pid for process in self._processes]
+
+    def on_failure(self, tell: Callable[[str], None]) -> None:
+        """Call this with the reason when nothing can be computed any more, from any thread."""
+        self._tell = tell
 
     def tell(self, message: object) -> None:
         """Send all of them a message; they take messages in order.
@@ -102,6 +108,8 @@ class Followers:
         # No thread of ours may be needed for it: they may all wait for the device, which waits for
         # the rank that is lost.
         faulthandler.dump_traceback_later(_END_GRACE_S, exit=True, file=_STDERR)
+        if self._tell is not None:
+            self._tell(reason)
 
     def dismiss(self) -> None:
         """Ask all of them to end."""

@@ -167,7 +167,8 @@ class _Reference:
         self, index: int, blocks: list[int], head: slice, kept: list[list[bool]]
     ) -> None:
         """Attend the query heads of a group over the blocks that each keeps."""
-        lists = [sorted(itertools.compress(blocks, keeps)) for keeps in kept]
+        # Nothing is kept only where scores are not numbers; neither is then what is read.
+        lists = [sorted(itertools.compress(blocks, keeps)) or blocks[:1] for keeps in kept]
         if all(listed == lists[0] for listed in lists):
             self._attend_listed(index, lists[0], head)
             return

@@ -58,7 +58,7 @@ def default_config(inputs: AttentionInputs) -> DecodeConfig:
     return DecodeConfig(
         split_blocks=8,
         listed_split_blocks=2,
-        step_keys=min(128, step_keys),
+        step_keys=min(64, step_keys),
         num_warps=4,
         num_stages=3,
     )

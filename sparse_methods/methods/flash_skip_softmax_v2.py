@@ -11,7 +11,7 @@ threshold: each tile corrects its threshold layer by layer from what the layers 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -157,6 +157,12 @@ class FlashSkipSoftmax(BlockMethod):
         if view.phase is Phase.PREFILL:
             density = _prompt_density(fit, density, kv_lens)
         return _clamped(_log_threshold(fit, density, kv_lens)).float()
+
+    @override
+    def prompt_regime(self, prompt_len: int) -> Hashable:
+        if self._target(Phase.PREFILL):
+            return super().prompt_regime(prompt_len)
+        return prompt_len < self.break_even(Phase.PREFILL)  # the knob is the same at any length
 
     @override
     def check_servable(self, block_size: int) -> None:

@@ -6,8 +6,8 @@ want different methods is what Nawrot et al., "The Sparse Frontier", 2025, arXiv
 Departures: none; every decision of a phase is the named method's, to the letter.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Hashable, Mapping
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from pydantic import Field
@@ -134,6 +134,14 @@ class Hybrid(SparseAttentionMethod):
         return self.halves[phase].break_even(phase)
 
     @override
+    def prompt_regime(self, prompt_len: int) -> Hashable:
+        return self.halves[Phase.PREFILL].prompt_regime(prompt_len)
+
+    @override
+    def num_independent_rows(self, prompt_len: int) -> int:
+        return self.halves[Phase.DECODE].num_independent_rows(prompt_len)
+
+    @override
     def fallback(self, prompt_len: int) -> Fallback | None:
         halves = {phase: half.fallback(prompt_len) for phase, half in self.halves.items()}
         found = {phase: fallback for phase, fallback in halves.items() if fallback is not None}
@@ -154,6 +162,10 @@ class Hybrid(SparseAttentionMethod):
     def check_servable(self, block_size: int) -> None:
         for half in self.halves.values():
             half.check_servable(block_size)
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and cast("Self", other).halves == self.halves
 
     @override
     def __hash__(self) -> int:

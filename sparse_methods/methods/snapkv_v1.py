@@ -79,6 +79,10 @@ class SnapKV(BlockMethod):
         return scores
 
     @override
+    def num_independent_rows(self, prompt_len: int) -> int:
+        return max(0, prompt_len - self.knobs.window)
+
+    @override
     def select_decode(self, view: DecodeView) -> PageSelection | None:
         if view.page_scores is None:
             return None

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,15 +19,29 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
-class Server:
-    """A running ``sparseserve serve``."""
+def free_port() -> int:
+    """A port of this machine that nobody listened on a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
-    def __init__(self, *options, env=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+
+class Server:
+    """A running ``sparseserve serve``.
+
+    Args:
+        env: Added to the environment.
+        port: Where it listens; a free one if not given.
+        prelude: Python that breaks something first.
+    """
+
+    def __init__(self, *options, env=None, port=None, prelude=None):
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(self.port)]
+        program = ["-m", "service.cli"]
+        if prelude is not None:
+            program = ["-c", f"{prelude}\nfrom service.cli import app\napp()"]
+        command = [sys.executable, *program, "serve", "--port", str(self.port)]
         # A file, because a pipe that nobody reads would stop the server.
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the server
         self.process = subprocess.Popen(
@@ -50,6 +65,8 @@ class Server:
         raise AssertionError(f"the server did not become ready:\n{self.stop()}")
 
     def generate(self, prompt, **fields):
+        """Complete a prompt, all of which is computed unless ``cache_salt`` says otherwise."""
+        fields.setdefault("cache_salt", secrets.token_hex(8))
         query: dict[str, Any] = {}
         query |= {k: fields.pop(k) for k in ("method", "version") if k in fields}
         answer = self.client.post(
@@ -108,8 +125,8 @@ def start_server():
     """Start servers of one's own; all are stopped at the end."""
     started = []
 
-    def start(*options, env=None):
-        started.append(Server(*options, env=env))
+    def start(*options, **kwargs):
+        started.append(Server(*options, **kwargs))
         return started[-1]
 
     yield start

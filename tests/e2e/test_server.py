@@ -228,3 +228,81 @@ def test_termination_while_the_model_loads_ends_cleanly(start_server):
             time.sleep(0.02)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 0
+
+
+def test_the_beginning_of_a_prompt_is_computed_once_and_changes_nothing(server, planted):
+    before = server.metric("cached_prompt_tokens_total")
+    salt = {"cache_salt": "test of reuse", "max_tokens": planted["max_tokens"]}
+    cut = planted["prompt"].rindex("\n")  # the question, which differs
+    first, again = (server.generate(planted["prompt"], **salt) for _ in range(2))
+    other = server.generate(planted["prompt"][:cut] + "\nAnd then", **salt)
+    cached = [
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for answer in (first, again, other)
+    ]
+    num_prompt = first["usage"]["prompt_tokens"]
+    assert cached[0] == 0
+    assert cached[1] == (num_prompt - 1) // 128 * 128
+    assert num_prompt - 256 < cached[2] < num_prompt
+    assert again["choices"] == first["choices"]
+    assert again["sparsity"]["decode"] == first["sparsity"]["decode"]
+    assert again["sparsity"]["prefill"]["blocks_total"] < (
+        0.05 * first["sparsity"]["prefill"]["blocks_total"]
+    )
+    assert again["timing"]["prefill_s"] < first["timing"]["prefill_s"]
+    alone = server.generate(planted["prompt"][:cut] + "\nAnd then", max_tokens=salt["max_tokens"])
+    assert alone["choices"] == other["choices"]
+    assert server.metric("cached_prompt_tokens_total") == before + sum(cached)
+    streaming = server.generate(planted["prompt"], method="streaming", **salt)
+    assert streaming["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_a_request_that_takes_too_long_ends_with_what_it_has(server):
+    before = server.metric("aborted_requests_total", reason="deadline")
+    answer = server.generate("Once upon a time", max_tokens=10_000, ignore_eos=True, timeout_s=1)
+    assert answer["choices"][0]["finish_reason"] == "abort"
+    assert 0 < answer["usage"]["completion_tokens"] < 10_000
+    assert len(answer["choices"][0]["token_ids"]) == answer["usage"]["completion_tokens"]
+    assert server.metric("aborted_requests_total", reason="deadline") == before + 1
+    server.wait_metric("kv_cache_pages_used", 0)
+
+
+def test_a_request_whose_turn_does_not_come_is_told_to_come_back(start_server):
+    server = start_server("--max-running-requests", "1", "--max-queue-s", "0.5").wait_ready()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        long = pool.submit(
+            server.generate, "Once upon a time", max_tokens=10_000, ignore_eos=True, timeout_s=5
+        )
+        server.wait_metric("running_requests", 1)
+        refused = server.client.post("/generate", json={"prompt": "Once"})
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "Retry later" in refused.json()["error"]["message"]
+        stream = server.client.post("/generate", json={"prompt": "Once", "stream": True})
+        assert stream.status_code == 503
+        assert long.result()["choices"][0]["finish_reason"] == "abort"
+    server.wait_metric("aborted_requests_total", 3, reason="deadline")
+    server.wait_metric("kv_cache_pages_used", 0)
+
+
+def test_an_overload_gives_answers_and_refusals_that_say_when_to_come_back(start_server):
+    limits = ("--max-running-requests", "2", "--max-waiting-requests", "100")
+    server = start_server(*limits, "--max-waiting-tokens", "3000").wait_ready()
+    prompt = "Once upon a time there was a king. " * 100
+
+    def ask(index):
+        body = {"prompt": f"{index} {prompt}", "max_tokens": 5, "ignore_eos": True}
+        return httpx.post(f"{server.url}/generate", json=body, timeout=120)
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(ask, range(48)))
+    statuses = {answer.status_code for answer in answers}
+    assert statuses == {200, 429}
+    for answer in answers:
+        if answer.status_code == 200:
+            assert answer.json()["usage"]["completion_tokens"] == 5
+        else:
+            assert 1 <= int(answer.headers["retry-after"]) <= 120
+            assert "wait" in answer.json()["error"]["message"]
+    server.wait_metric("kv_cache_pages_used", 0)
+    assert server.metric("waiting_requests") == 0

@@ -9,10 +9,11 @@ import torch
 from service.engine.engine import Engine
 from service.engine.events import NoEvents
 from service.engine.generation import build_sequence
+from service.engine.prefix import PrefixKeys
 from service.engine.sequence import SamplingParams, Sequence, Update
 from service.models.loading import load_model
 from service.settings import Settings
-from sparse_methods import get_sparse_method, list_sparse_methods
+from sparse_methods import Phase, get_sparse_method, list_sparse_methods
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,6 +121,42 @@ def outcomes(engine: Engine, requests: list[Sequence]):
     ends = [(finish.reason, finish.stop_reason, finish.statistics) for finish in finishes]
     assert len(ends) == len(requests)
     return [(update.token_ids, update.text) for update in got.values()], ends
+
+
+@pytest.mark.parametrize(("name", "version"), IDS, ids=["@".join(i) for i in IDS])
+def test_a_reused_prompt_gives_the_same_tokens(name, version, on_gpu):
+    prompt, method = planted_prompt(on_gpu, 1500), get_sparse_method(name, version)()
+    sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+
+    def ask(salt: str | None) -> tuple[Sequence, tuple[object, int]]:
+        sequence = build_sequence("0", prompt, method, sampling, 0)
+        sequence.prefix = PrefixKeys(prompt, 128, method, salt)
+        texts, [(_, _, statistics)] = outcomes(on_gpu, [sequence])
+        return sequence, (texts, statistics.phase(Phase.DECODE).blocks_total)
+
+    (plain, expected), (first, given), (again, same) = ask("another's"), ask(None), ask(None)
+    cached = [one.num_cached_tokens for one in (plain, first, again)]
+    assert cached == [0, 0, 1499 // 128 * 128]
+    assert given == same == expected
+
+
+def test_choices_that_share_a_prompt_in_flight_get_what_they_get_alone(on_gpu):
+    prompt, method = planted_prompt(on_gpu, 3000), get_sparse_method("flash_skip_softmax")()
+
+    def choices(*, shares: bool) -> list[Sequence]:
+        made = []
+        for index in range(4):
+            sampling = SamplingParams(temperature=0.8, max_tokens=20, seed=3, ignore_eos=True)
+            made.append(build_sequence(str(index), prompt, method, sampling, index))
+            if shares:
+                made[-1].prefix = PrefixKeys(prompt, 128, method, "choices")
+        return made
+
+    together = choices(shares=True)
+    given, _ = outcomes(on_gpu, together)
+    expected = [outcomes(on_gpu, [one])[0][0] for one in choices(shares=False)]
+    assert given == expected
+    assert sorted(one.num_cached_tokens for one in together) == [0, *[2999 // 128 * 128] * 3]
 
 
 def test_running_ahead_changes_neither_tokens_nor_texts_nor_statistics(on_gpu):

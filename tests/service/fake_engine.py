@@ -17,10 +17,10 @@ import httpx
 from fastapi import FastAPI
 
 import service
-from service.engine.engine import EngineStatus
 from service.engine.events import EngineEvents, NoEvents
 from service.engine.generation import GenerationRequest
 from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
+from service.engine.status import EngineStatus
 from service.engine.tokenizer import Tokenizer
 from service.errors import PromptTooLongError, ServiceError, UnavailableError
 from service.main import create_app
@@ -72,6 +72,10 @@ class FakeGeneration:
             self._engine.num_aborted += 1
             self._engine.events.aborted("client")
 
+    async def has_begun(self) -> None:
+        if self._engine.late is not None:
+            raise self._engine.late
+
     async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
         for step, word in enumerate(self._engine.words):
             for index in range(self._request.n):
@@ -118,6 +122,7 @@ class FakeEngine:
         self.fail_at: int | None = None
         self.failure: Exception = ServiceError("scripted")
         self.refusal: Exception | None = None
+        self.late: Exception | None = None
         self.requests: list[GenerationRequest] = []
         self.num_running = self.num_aborted = 0
         self.is_alive = self.is_draining = self.is_stopped = False
@@ -153,6 +158,13 @@ class FakeEngine:
             num_pages_total=64,
             num_pages_used=16,
         )
+
+    @property
+    def is_busy(self) -> bool:
+        return self.is_alive
+
+    def watch(self) -> None:
+        pass
 
     def start(self) -> None:
         self.is_alive = True

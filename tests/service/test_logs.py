@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from service.logs import JsonFormatter, configure_logging
+from service.logs import JsonFormatter, TextFormatter, configure_logging
 from tests.service.fake_engine import FakeEngine, http_client
 
 PRIVATE = "the-prompt-nobody-may-log"
@@ -83,3 +83,45 @@ async def test_requests_are_logged_without_any_of_their_text(log: io.StringIO) -
     ]
     assert access[0]["request_id"] == "r-1"
     assert [entry["error"] for entry in entries if "error" in entry] == ["KeyError"]
+
+
+def test_a_line_for_people_says_the_same_on_one_line() -> None:
+    record = logging.makeLogRecord(
+        {
+            "name": "a.b",
+            "levelname": "INFO",
+            "msg": "two\nlines",
+            "route": "/x\x1b[2J",
+            "status": 200,
+        }
+    )
+    text = TextFormatter().format(record)
+    assert text.endswith("info    two\\nlines logger=a.b route=/x\\x1b[2J status=200")
+    assert text.isprintable()
+
+
+def test_the_style_is_chosen_when_the_log_is_configured(log: io.StringIO) -> None:
+    configure_logging("info", log, "text")
+    logging.getLogger("a").info("hello", extra={"seconds": 2})
+    assert log.getvalue().endswith("info    hello logger=a seconds=2\n")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_what_machines_ask_all_the_time_is_logged_for_debugging_only(
+    log: io.StringIO,
+) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with http_client(FakeEngine()) as client:
+        for path in ("/health", "/health/live", "/health/ready", "/metrics"):
+            await client.get(path)
+        await client.get("/version", headers={"traceparent": parent})
+        await client.get("/version")
+        await client.get("/version", headers={"traceparent": "00-" + "x" * 32})
+    access = [line for line in lines(log) if line["logger"] == "service.access"]
+    assert [line["level"] for line in access] == ["debug"] * 4 + ["info"] * 3
+    assert [line.get("trace_id") for line in access[-3:]] == [
+        "0af7651916cd43dd8448eb211c80319c",
+        None,
+        None,
+    ]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.engine.events import FaultKind
 from service.engine.sequence import FinishReason
 from service.metrics import Metrics
 from sparse_methods import get_sparse_method
@@ -58,7 +59,7 @@ def test_every_other_event_has_its_metric() -> None:
     metrics, sequence = Metrics(), fake_sequence(get_sparse_method("dense", "v1")())
     metrics.step("mixed", 0.5, 7)
     metrics.preempted()
-    metrics.engine_error()
+    metrics.engine_error(FaultKind.METHOD)
     metrics.aborted("client")
     metrics.first_token(sequence, 0.25)
     metrics.inter_token(0.125)
@@ -67,7 +68,8 @@ def test_every_other_event_has_its_metric() -> None:
     assert value(metrics, "engine_step_seconds_sum", phase="mixed") == 0.5
     assert value(metrics, "engine_step_tokens_sum") == 7
     assert value(metrics, "preemptions_total") == 1
-    assert value(metrics, "engine_errors_total") == 1
+    assert value(metrics, "engine_errors_total", kind="method") == 1
+    assert value(metrics, "engine_errors_total", kind="hang") == 0
     assert value(metrics, "aborted_requests_total", reason="client") == 1
     assert value(metrics, "time_to_first_token_seconds_sum", **LABELS) == 0.25
     assert value(metrics, "inter_token_latency_seconds_sum") == 0.125

@@ -1,6 +1,7 @@
 """What the training rows of the built-in model promise: books, planted tasks, tokens."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from tools.default_model.batches import MicroBatches
 from tools.default_model.corpus import Corpus, load_corpus
 from tools.default_model.export import with_bos
-from tools.default_model.recipe import BOS_ID, EOS_ID, TILE, Recipe
+from tools.default_model.recipe import BOS_ID, EOS_ID, TILE, Recipe, Stage
 from tools.default_model.tasks import FACT_DIGITS, TaskWriter, common_words, fitting
 
 FACT = re.compile(r"\nThe special magic number for ([a-z ]+) is: (\d{7})\.\n")
@@ -167,3 +168,30 @@ def test_a_needle_trial_ends_in_the_number_of_the_asked_fact(
         [asked] = QUESTION.findall(text)
         assert facts[asked[0]] == asked[2]
         assert len(asked[2]) == trial.answer_length == FACT_DIGITS
+
+
+def test_a_drill_is_mostly_chains_and_as_long_as_any_row(
+    corpus: Corpus, writer: TaskWriter, tokenizer: Tokenizer
+) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        row = writer.drilled_row(rng, corpus.tokens[:1024])
+        assert len(row) == 1025
+        text = tokenizer.decode(row.tolist())
+        assert text.count("Find the value of VAR") >= 8
+
+
+def test_a_stage_without_drills_gives_the_rows_it_always_gave(
+    corpus: Corpus, writer: TaskWriter
+) -> None:
+    plain = Recipe(stages=(Stage(256, 1.0, planted=0.5),), tokens_per_micro_batch=1024)
+    drilled = replace(plain, stages=(Stage(256, 1.0, planted=0.5, drilled=1.0),))
+    rows = [MicroBatches(corpus.tokens, writer, one, 0)[0] for one in (plain, drilled)]
+    assert rows[0].shape == rows[1].shape
+    assert not torch.equal(*rows)
+    rng = np.random.default_rng([plain.seed, 0, 0])
+    start = int(rng.integers(len(corpus.tokens) - 256 + 1))
+    window = corpus.tokens[start : start + 256]
+    is_planted = rng.random() < 0.5
+    first = writer.planted_row(rng, window) if is_planted else [BOS_ID, *window.tolist()]
+    assert rows[0][0].tolist() == list(first)

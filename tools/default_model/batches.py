@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from tools.default_model.corpus import Tokens
-from tools.default_model.recipe import BOS_ID, Recipe
+from tools.default_model.recipe import BOS_ID, Recipe, Stage
 from tools.default_model.tasks import TaskWriter
 
 
@@ -28,13 +28,15 @@ class MicroBatches(Dataset[Tensor]):
         stage = self.recipe.stages[self.stage_index]
         rng = np.random.default_rng([self.recipe.seed, self.stage_index, index])
         num_rows = max(1, self.recipe.tokens_per_micro_batch // stage.context)
-        rows = [self._row(rng, stage.context, stage.planted) for _ in range(num_rows)]
+        rows = [self._row(rng, stage) for _ in range(num_rows)]
         return torch.from_numpy(np.stack(rows).astype(np.int32))
 
-    def _row(self, rng: np.random.Generator, length: int, planted: float) -> Tokens:
-        start = int(rng.integers(len(self.tokens) - length + 1))
-        window = self.tokens[start : start + length]
-        if rng.random() < planted:
+    def _row(self, rng: np.random.Generator, stage: Stage) -> Tokens:
+        start = int(rng.integers(len(self.tokens) - stage.context + 1))
+        window = self.tokens[start : start + stage.context]
+        if stage.drilled and rng.random() < stage.drilled:
+            return self.writer.drilled_row(rng, window)
+        if rng.random() < stage.planted:
             return self.writer.planted_row(rng, window)
         return np.concatenate([np.array([BOS_ID], dtype=np.uint16), window])
 

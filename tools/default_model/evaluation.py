@@ -151,7 +151,9 @@ def attention_report(model: PreTrainedModel, ids: Tokens) -> AttentionReport:
 @torch.no_grad()
 def samples(model: PreTrainedModel, folder: Path, num_tokens: int) -> list[dict[str, str]]:
     """Return greedy continuations and ones at temperature 0.8, as they come."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     written = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -215,7 +217,11 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model folder for inference."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     nn.Module.to(model, device)
     nn.Module.eval(model)

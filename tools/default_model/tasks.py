@@ -151,6 +151,19 @@ class TaskWriter:
             tasks += self.copy_tasks(rng, window)
         return with_pieces(window, fitting(tasks, len(window) // 2))
 
+    def drilled_row(self, rng: np.random.Generator, window: Tokens) -> Tokens:
+        """Return `<|bos|>` and as many chains as fit into most of the window's length.
+
+        The window's text fills what they leave, between a tenth and a half.
+        """
+        budget = int(len(window) * rng.uniform(0.5, 0.9))
+        tasks: list[list[Piece]] = []
+        num_tokens = 0
+        while num_tokens < budget:
+            tasks += self.chain_tasks(rng)
+            num_tokens = sum(len(ids) for task in tasks for _, ids in task)
+        return with_pieces(window, fitting(tasks, budget))
+
     def needle(self, rng: np.random.Generator, window: Tokens, num_facts: int) -> Trial:
         """Return a trial with `num_facts` facts at random places, one of them asked."""
         facts = [(self.name(rng), self.number(rng, FACT_DIGITS)) for _ in range(num_facts)]

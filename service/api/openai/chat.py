@@ -165,6 +165,7 @@ async def chat(
     body, submission = work
     shape = ChatShape(body, submission)
     if body.stream:
+        await unless_client_leaves(request.receive, submission.has_begun())
         return EventStream(chunks(shape, body, submission))
     content = await unless_client_leaves(request.receive, answer(shape, body, submission))
     return Response(as_json(content), media_type="application/json")

@@ -182,6 +182,7 @@ async def complete(
     body, submission = work
     shape = CompletionShape(body, submission)
     if body.stream:
+        await unless_client_leaves(request.receive, submission.has_begun())
         return EventStream(chunks(shape, body, submission))
     content = await unless_client_leaves(request.receive, answer(shape, body, submission))
     return Response(as_json(content), media_type="application/json")

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from service.api.openai.harmless import HarmlessFields
 from service.api.openai.structured import ResponseFormat, StructuredOutputs, grammar_of
-from service.api.schemas import MethodFields, SamplingFields
+from service.api.schemas import MethodFields, SamplingFields, SchedulingFields
 from service.engine.grammar import Grammar
 from service.engine.sequence import SamplingParams
 from service.errors import BadRequestError
@@ -84,7 +84,7 @@ def _nullable(schema: dict[str, Any]) -> None:
             schema["properties"][name] = {"anyOf": [known, {"type": "null"}], **description}
 
 
-class OpenAIFields(MethodFields, SamplingFields, HarmlessFields):
+class OpenAIFields(SchedulingFields, MethodFields, SamplingFields, HarmlessFields):
     """Null is as good as leaving a field out, because clients of OpenAI send it for that."""
 
     model_config = ConfigDict(json_schema_extra=_nullable)

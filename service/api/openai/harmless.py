@@ -74,10 +74,8 @@ class HarmlessFields(BaseModel):
     logprob_token_ids: Annotated[Any, Only([])] = None
     bad_words: Annotated[Any, Only([[]])] = None
     prompt_embeds: Annotated[Any, Only([])] = None
-    priority: Annotated[Any, Only([0])] = None
     return_tokens_as_token_ids: Annotated[Any, Only([False])] = None
     return_token_ids: Annotated[Any, Only([False])] = None
-    cache_salt: Annotated[Any, Only([])] = None
     kv_transfer_params: Annotated[Any, Only([])] = None
 
 

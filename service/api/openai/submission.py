@@ -12,10 +12,12 @@ from fastapi import Request
 from service.api.deps import ChosenMethod
 from service.api.openai.fields import OpenAIFields
 from service.api.running import running
+from service.api.schemas import SchedulingFields
 from service.engine.engine import Engine
-from service.engine.generation import Generation, GenerationRequest
+from service.engine.generation import GenerationRequest
 from service.engine.sequence import Update
 from service.errors import BadRequestError, NotFoundError
+from service.tracing import Followed
 
 _MAX_ECHO = 64  # characters of a client's spelling repeated in an error
 _Item = tuple[int, Update] | Exception
@@ -31,6 +33,7 @@ class OpenAISubmission:
         prompts: The encoded prompts.
         num_choices: Choices of each prompt; choice ``c`` of prompt ``p`` has the index
             ``p * num_choices + c``.
+        generations: One per prompt; what they say is read through ``updates``.
         updates: (index, update) pairs until every choice has ended.
     """
 
@@ -40,7 +43,13 @@ class OpenAISubmission:
     chosen: ChosenMethod
     prompts: list[list[int]]
     num_choices: int
+    generations: list[Followed]
     updates: AsyncIterable[tuple[int, Update]]
+
+    async def has_begun(self) -> None:
+        """See ``Generation.has_begun``."""
+        for generation in self.generations:
+            await generation.has_begun()
 
 
 def new_id(prefix: str) -> str:
@@ -84,6 +93,7 @@ async def submit_all(
             chosen=chosen,
             prompts=[generation.prompt_ids for generation in generations],
             num_choices=works[0].n,
+            generations=generations,
             updates=updates,
         )
 
@@ -93,7 +103,11 @@ def works_of(
 ) -> list[GenerationRequest]:
     """What the engine is asked for: the same of every prompt."""
     one = GenerationRequest(
-        request_id=new_id(prefix), method=chosen.method, sampling=body.sampling(), n=body.n
+        request_id=new_id(prefix),
+        method=chosen.method,
+        sampling=body.sampling(),
+        n=body.n,
+        **body.model_dump(include=set(SchedulingFields.model_fields)),
     )
     return [
         replace(one, prompt=prompt) if isinstance(prompt, str) else replace(one, prompt_ids=prompt)
@@ -115,7 +129,7 @@ def _check_number(engine: Engine, works: Sequence[GenerationRequest]) -> None:
 
 @asynccontextmanager
 async def _merged(
-    generations: Sequence[Generation], num_choices: int
+    generations: Sequence[Followed], num_choices: int
 ) -> AsyncIterator[AsyncIterable[tuple[int, Update]]]:
     if len(generations) == 1:
         yield generations[0]
@@ -135,7 +149,7 @@ async def _merged(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(generation: Generation, first_index: int, queue: "asyncio.Queue[_Item]") -> None:
+async def _pump(generation: Followed, first_index: int, queue: "asyncio.Queue[_Item]") -> None:
     try:
         async for index, update in generation:
             await queue.put((first_index + index, update))

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from service.api.generate import GenerateResponse
-from service.errors import GenerationError, QueueFullError
+from service.errors import GenerationError, QueueFullError, QueueTimeoutError
 from tests.service.fake_engine import (
     WORDS,
     FakeEngine,
@@ -245,3 +245,51 @@ async def test_thresholds_by_length_are_answered_plain_and_streamed(engine: Fake
         phase = answer["sparsity"]["threshold"]["phases"]["prefill"]
         scale = phase["scale_factor"]
         assert phase["example_thresholds"]["4096"] == pytest.approx(scale / 4096)
+
+
+async def test_fields_about_scheduling_reach_the_engine(engine: FakeEngine) -> None:
+    fields = {"priority": -2, "timeout_s": 3, "cache_salt": "mine"}
+    async with http_client(engine) as client:
+        await client.post("/generate", json={"prompt": "a", **fields})
+        await client.post("/generate", json={"prompt": "a"})
+    given, plain = engine.requests
+    assert (given.priority, given.timeout_s, given.cache_salt) == (-2, 3.0, "mine")
+    assert (plain.priority, plain.timeout_s, plain.cache_salt) == (0, None, None)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"priority": 2**31},
+        {"priority": 1.5},
+        {"timeout_s": 0},
+        {"timeout_s": "1"},
+        {"timeout_s": 1e9},
+        {"cache_salt": ""},
+        {"cache_salt": "x" * 257},
+    ],
+)
+async def test_fields_about_scheduling_have_bounds(
+    engine: FakeEngine, field: dict[str, object]
+) -> None:
+    response = await post(engine, field)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == next(iter(field))
+
+
+async def test_a_stream_whose_turn_does_not_come_is_refused_before_it_begins(
+    engine: FakeEngine,
+) -> None:
+    engine.late = QueueTimeoutError("Late.")
+    response = await post(engine, {"stream": True})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert engine.num_running == 0
+
+
+async def test_a_refusal_says_when_to_come_back(engine: FakeEngine) -> None:
+    engine.refusal = QueueFullError("Full.", 17)
+    response = await post(engine, {})
+    assert (response.status_code, response.headers["retry-after"]) == (429, "17")
+    engine.refusal = QueueTimeoutError("Late.")
+    response = await post(engine, {})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")

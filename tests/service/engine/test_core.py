@@ -29,6 +29,10 @@ class Counting(NoEvents):
     def __init__(self):
         self.num_preempted = 0
         self.num_tokens = 0
+        self.fallbacks = []
+
+    def fell_back(self, sequence, reason):
+        self.fallbacks.append((sequence.request_id, reason))
 
     def preempted(self):
         self.num_preempted += 1
@@ -102,7 +106,7 @@ def play(core: EngineCore, requests: list[Request]) -> list[tuple[Sequence, Upda
 def sampling_of(rng: random.Random) -> SamplingParams:
     choices: dict[str, list[Any]] = {
         "temperature": [0.0, 0.0, 1.0, 1.5],
-        "max_tokens": [1, 2, 7, 20, 40],
+        "max_tokens": [1, 2, 7, 40, 60],
         "min_tokens": [0, 0, 3],
         "top_k": [0, 0, 20],
         "top_p": [1.0, 1.0, 0.9],
@@ -119,7 +123,9 @@ def sampling_of(rng: random.Random) -> SamplingParams:
 
 def requests_of(seed: int) -> list[Request]:
     rng = random.Random(seed)
-    return [
+    greedy = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    crowding = [Request([9 + seed, *range(60, 110)], "dense@v1", greedy, 20) for _ in range(2)]
+    return crowding + [
         Request(
             prompt_ids=[
                 rng.randrange(8, 4096) for _ in range(rng.choice([1, 15, 16, 17, 50, 120]))
@@ -343,3 +349,11 @@ def test_ending_the_engine_collects_nothing(ahead):
     updates = core.fail_all(GenerationError("stopped"), "shutdown")
     assert isinstance(updates[one].error, GenerationError)
     assert not core.has_work
+
+
+def test_a_request_too_short_for_its_method_is_counted_as_a_fallback(ahead):
+    for index, knobs in enumerate(({"dense_below": 100_000}, {"dense_below": 0})):
+        method = get_sparse_method("streaming")(knobs)
+        core_request = build_sequence(str(index), list(range(20)), method, SamplingParams(), index)
+        ahead.core.add(core_request)
+    assert ahead.events.fallbacks == [("0", "below_break_even")]

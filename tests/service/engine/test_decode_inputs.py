@@ -10,6 +10,7 @@ import torch
 from service.engine.decode_inputs import DENSE, NUM_FIELDS, TOKEN, HostInputs
 from service.engine.scheduler import Chunk
 from service.engine.sequence import SamplingParams, Sequence
+from service.models.method_fault import MethodFaultError
 from sparse_methods import get_sparse_method
 
 BLOCK = 16
@@ -106,7 +107,7 @@ def test_a_step_that_could_not_be_described_leaves_nothing_behind(monkeypatch):
     chunks = [Chunk(row, row.num_tokens - 1, 1) for row in rows]
     with monkeypatch.context() as broken:
         broken.setattr(type(METHODS[2]), "skip_threshold", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(MethodFaultError):
             one.describe(chunks)
     one.describe(chunks[:1])
     fresh = inputs()

@@ -20,6 +20,7 @@ from service.errors import (
     ModelNotSupportedError,
     PromptTooLongError,
     QueueFullError,
+    QueueTimeoutError,
     UnavailableError,
 )
 from service.settings import Settings
@@ -42,7 +43,7 @@ class Counting(NoEvents):
     def preempted(self):
         self.num_preempted += 1
 
-    def engine_error(self):
+    def engine_error(self, kind):
         self.num_errors += 1
 
     def aborted(self, reason):
@@ -60,7 +61,14 @@ def mode(request):
 
 @contextlib.contextmanager
 def running(directory, **settings):
-    settings = {"device": "cpu", "method": "dense", "max_running_requests": 8, **MODE, **settings}
+    settings = {
+        "device": "cpu",
+        "method": "dense",
+        "max_running_requests": 8,
+        "prefix_caching": False,  # what is reused counts nowhere: test_prefix_reuse.py
+        **MODE,
+        **settings,
+    }
     engine = Engine.load(Settings(model=directory, **settings), Counting())
     engine.start()
     try:
@@ -179,12 +187,12 @@ def check_totals(statistics, num_prompt, num_generated, block=128, heads=4, laye
 
 
 def test_preemption_changes_neither_tokens_nor_statistics(tiny_model_dir):
-    requests = [request(prompt_of(200, seed=i), *METHODS[i % 3], max_tokens=120) for i in range(6)]
+    requests = [request(prompt_of(200, seed=i), *METHODS[i % 3], max_tokens=300) for i in range(6)]
     with running(tiny_model_dir) as roomy:
         expected = run(roomy, *requests)
         assert roomy.events.num_preempted == 0
     page_bytes = 128 * 2 * 2 * 2 * 16 * 4
-    with running(tiny_model_dir, kv_cache_bytes=8 * page_bytes, max_context_tokens=512) as tight:
+    with running(tiny_model_dir, kv_cache_bytes=7 * page_bytes, max_context_tokens=512) as tight:
         results = run(tight, *requests)
         assert tight.events.num_preempted > 0
         wait_until(lambda: tight.status().num_pages_used == 0)
@@ -492,3 +500,112 @@ def test_an_impossible_grammar_is_refused(engine):
     grammar = Grammar("json_schema", "false", "response_format")
     with pytest.raises(BadRequestError, match="not usable"):
         run(engine, request(prompt_of(5), grammar=grammar))
+
+
+def test_a_prompt_of_an_earlier_request_is_reused_and_told(tiny_model_dir):
+    one = request(prompt_of(300), max_tokens=4)
+    with running(tiny_model_dir, prefix_caching=True) as caching:
+        results = [run(caching, one)[0]]
+        results.append(run(caching, one)[0])
+        results.append(run(caching, dataclasses.replace(one, cache_salt="mine"))[0])
+        results.append(run(caching, dataclasses.replace(one, reuses_prefix=False))[0])
+        wait_until(lambda: caching.status().num_pages_used == 0)
+    assert [finish[0].num_cached_tokens for _, _, finish in results] == [0, 256, 0, 0]
+    assert all(tokens == results[0][0] for tokens, _, _ in results)
+
+
+def test_choices_of_one_request_compute_its_prompt_once(tiny_model_dir):
+    one = request(prompt_of(300), n=3, temperature=2.0, seed=11)
+    with running(tiny_model_dir) as plain:
+        expected, _, _ = run(plain, one)[0]
+    with running(tiny_model_dir, prefix_caching=True) as caching:
+        tokens, _, finish = run(caching, one)[0]
+    assert tokens == expected
+    assert sorted(f.num_cached_tokens for f in finish.values()) == [0, 256, 256]
+
+
+def test_a_queue_of_too_many_tokens_refuses_and_says_when_to_come_back(tiny_model_dir):
+    with running(tiny_model_dir, max_running_requests=1, max_waiting_tokens=500) as small:
+
+        async def flood():
+            long = request(prompt_of(400), max_tokens=300)
+            async with await small.submit(long) as first:
+                async for _ in first:
+                    break  # it runs, so the queue is empty
+                async with await small.submit(request(prompt_of(600))):  # nobody else waits
+                    with pytest.raises(QueueFullError, match="tokens of prompts wait") as caught:
+                        await small.submit(long)
+                    assert 1 <= (caught.value.retry_after_s or 0) <= 120
+
+        asyncio.run(flood())
+        wait_until(lambda: small._loop.num_waiting_tokens == 0)
+
+
+def test_a_request_whose_turn_does_not_come_gets_an_error_that_says_so(tiny_model_dir):
+    with running(tiny_model_dir, max_running_requests=1, max_queue_s=0.2) as small:
+
+        async def wait_in_vain():
+            async with await small.submit(request(prompt_of(10), max_tokens=3000)) as first:
+                async for _ in first:
+                    break
+                with pytest.raises(QueueTimeoutError, match="Retry later"):
+                    await collect(small, request(prompt_of(10)))
+                async with await small.submit(request(prompt_of(10))) as late:
+                    with pytest.raises(QueueTimeoutError, match="Retry later"):
+                        await late.has_begun()
+
+        asyncio.run(wait_in_vain())
+        wait_until(lambda: small.status().num_pages_used == 0)
+        assert small.events.abort_reasons == ["deadline", "deadline", "client"]
+
+
+def test_asking_whether_a_generation_has_begun_takes_nothing_of_it(tiny_model_dir):
+    with running(tiny_model_dir, max_queue_s=60) as one:
+
+        async def ask():
+            tokens = []
+            async with await one.submit(request(prompt_of(10), max_tokens=9)) as generation:
+                await generation.has_begun()
+                await generation.has_begun()
+                async for _, update in generation:
+                    tokens += update.token_ids
+            return tokens
+
+        assert len(asyncio.run(ask())) == 9
+
+
+@pytest.mark.parametrize("limits", [({}, 0.3), ({"max_request_s": 0.3}, None)])
+def test_a_generation_that_takes_too_long_ends_with_what_it_has(tiny_model_dir, limits):
+    settings, timeout_s = limits
+    with running(tiny_model_dir, **settings) as one:
+        slow = request(prompt_of(10), max_tokens=3500)
+        tokens, _, finish = run(one, dataclasses.replace(slow, timeout_s=timeout_s))[0]
+        assert finish[0].reason is FinishReason.ABORT
+        assert 0 < len(tokens[0]) < 3500
+        assert finish[0].timing.total_s >= 0.3
+        wait_until(lambda: one.status().num_pages_used == 0)
+
+
+def test_the_urgent_request_runs_before_those_that_came_earlier(tiny_model_dir):
+    with running(tiny_model_dir, max_running_requests=1) as small:
+        ended = []
+
+        async def follow(name, one):
+            await collect(small, one)
+            ended.append(name)
+
+        async def compete():
+            busy = request(prompt_of(10), max_tokens=400)
+            async with await small.submit(busy) as first:
+                jobs = [
+                    follow(name, dataclasses.replace(request(prompt_of(9)), priority=priority))
+                    for name, priority in (("plain", 0), ("late", 5), ("urgent", -3))
+                ]
+                waiting = [asyncio.ensure_future(job) for job in jobs]
+                await asyncio.to_thread(wait_until, lambda: small.status().num_waiting == 3)
+                async for _ in first:
+                    pass
+                await asyncio.gather(*waiting)
+
+        asyncio.run(compete())
+        assert ended == ["urgent", "plain", "late"]

@@ -51,7 +51,8 @@ def wait_for_failure(engine: Engine) -> None:
 
 def check_that_nothing_is_served(engine: Engine, reason: str) -> None:
     status = engine.status()
-    assert (status.is_alive, status.reason) == (False, reason)
+    assert not status.is_alive
+    assert status.reason == f"the engine cannot go on: {reason}"
     request = GenerationRequest(
         request_id="y",
         prompt="a",

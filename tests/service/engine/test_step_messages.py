@@ -16,6 +16,7 @@ SHARED = (
     "prompt_ids",
     "method",
     "output_ids",
+    "num_cached_tokens",
     "num_computed_tokens",
     "num_pending_tokens",
     "pages",
@@ -52,7 +53,7 @@ class Wire:
         copies = self.reader.read(pickle.loads(content))  # noqa: S301 - it is our own
         for chunk, copy in zip(chunks, copies, strict=True):
             assert (chunk.start, chunk.num_tokens) == (copy.start, copy.num_tokens)
-            assert chunk.completes == copy.completes
+            assert (chunk.completes, chunk.is_first) == (copy.completes, copy.is_first)
             for name in SHARED:
                 assert getattr(copy.sequence, name) == getattr(chunk.sequence, name), name
             assert copy.sequence.sampling.prompt_logprobs == 2
@@ -91,10 +92,19 @@ def test_who_gave_way_comes_back_with_other_pages(wire):
     sequence.output_ids = [1, 2, 3]
     wire.send(Chunk(sequence, 0, 40))
     sequence.pages, sequence.slot, sequence.num_preemptions = [6], 1, 1
+    sequence.num_cached_tokens = sequence.num_computed_tokens = 0
     wire.send(Chunk(sequence, 0, 16))
     sequence.pages = [6, 5]
     sequence.num_computed_tokens = 16
     wire.send(Chunk(sequence, 16, 16))
+
+
+def test_who_takes_over_pages_starts_behind_them(wire):
+    sequence = sequence_of("a")
+    sequence.pages = [5, 6]
+    sequence.num_cached_tokens = sequence.num_computed_tokens = 16
+    [copy] = wire.send(Chunk(sequence, 16, 16))
+    assert copy.is_first
 
 
 def test_a_step_of_long_prompts_is_a_short_message(wire):

@@ -172,7 +172,9 @@ def test_a_calibration_reaches_the_half_it_is_of():
     other = calibration.model_copy(update={"version": "v0"})
     hybrid = Hybrid({"prefill": "flash_skip_softmax"})
     bound = hybrid.with_calibration(calibration)
-    assert bound == hybrid
+    assert bound != hybrid, "what they keep differs as soon as a target is set"
+    assert bound == Hybrid({"prefill": "flash_skip_softmax"}).with_calibration(calibration)
+    assert hybrid.with_calibration(other) == hybrid
     given = [vars(h.halves[Phase.PREFILL])["calibration"] for h in (bound, hybrid)]
     assert given == [calibration, None]
     unbound = hybrid.with_calibration(other).halves[Phase.PREFILL]

@@ -1,0 +1,352 @@
+"""A table of bad requests, each with its exact answer, on every route that generates.
+
+What no HTTP client can send is in ``tests/service/test_connection.py``.
+"""
+
+import io
+import json
+import logging
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.logs import JsonFormatter
+from service.settings import Settings
+from tests.service.fake_engine import FakeEngine, running_server
+
+ROUTES = ("/generate",)
+ROOT = Path(__file__).parent.parent.parent.parent
+PRIVATE = "the-prompt-nobody-may-log"
+MEGABYTE = "a" * 2**20
+JSON = "application/json"
+
+
+def fields(**values: Any) -> bytes:
+    return json.dumps({"prompt": PRIVATE, **values}).encode()
+
+
+def raw(text: str) -> bytes:
+    """Fields as they are written, behind the prompt."""
+    return f'{{"prompt": "{PRIVATE}", {text}}}'.encode()
+
+
+# What it is: the body, the status, and the field that is named.
+BODIES: dict[str, tuple[Any, int, str | None]] = {
+    # not JSON, or not an object
+    "empty": (b"", 400, None),
+    "not JSON": (b"prompt=" + PRIVATE.encode(), 400, None),
+    "cut off": (b'{"prompt": "' + PRIVATE.encode(), 400, None),
+    "null": (b"null", 400, None),
+    "a list": (b"[" + fields() + b"]", 400, None),
+    "a string": (json.dumps(PRIVATE).encode(), 400, None),
+    "a number": (b"1", 400, None),
+    "two values": (fields() + fields(), 400, None),
+    "a comma at the end": (raw('"n": 1,'), 400, None),
+    "single quotes": (b"{'prompt': 'x'}", 400, None),
+    "a comment": (raw('/* */ "n": 1'), 400, None),
+    "NUL behind it": (fields() + b"\x00", 400, None),
+    # encodings
+    "a byte order mark": (b"\xef\xbb\xbf" + fields(), 400, None),
+    "UTF-16": (fields().decode().encode("utf-16"), 400, None),
+    "UTF-32": (fields().decode().encode("utf-32"), 400, None),
+    "Latin-1": ('{"prompt": "é"}'.encode("latin-1"), 400, None),
+    "invalid UTF-8": (b'{"prompt": "\xff\xfe"}', 400, None),
+    "an overlong form": (b'{"prompt": "\xc0\xaf"}', 400, None),
+    "a surrogate in UTF-8": (b'{"prompt": "\xed\xa0\x80"}', 400, None),
+    "half a surrogate pair": (b'{"prompt": "\\ud800"}', 400, None),
+    "its other half": (b'{"prompt": "\\udc00 x"}', 400, None),
+    "a control character in a string": (b'{"prompt": "\x01"}', 400, None),
+    # numbers
+    "NaN": (raw('"temperature": NaN'), 400, None),
+    "Infinity": (raw('"temperature": Infinity'), 400, None),
+    "-Infinity": (raw('"top_p": -Infinity'), 400, None),
+    "a float beyond all": (raw('"temperature": 1e999'), 400, None),
+    "an integer of 400 digits": (raw('"max_tokens": ' + "9" * 400), 400, None),
+    "an integer of 100,000 digits": (raw('"max_tokens": ' + "9" * 100_000), 400, None),
+    "an integer beyond 64 bits": (raw('"max_tokens": 18446744073709551616'), 400, "max_tokens"),
+    "a seed beyond 64 bits": (raw('"seed": 9223372036854775808'), 400, "seed"),
+    "a hexadecimal number": (raw('"n": 0x1'), 400, None),
+    "a leading zero": (raw('"n": 01'), 400, None),
+    # structure
+    "100,000 lists deep": (raw('"stop": ' + "[" * 100_000 + "]" * 100_000), 400, None),
+    "5,000 objects deep": (raw('"x": ' + '{"a":' * 5000 + "1" + "}" * 5000), 400, None),
+    "1,000 objects deep": (
+        raw('"method_params": ' + '{"a":' * 1000 + "1" + "}" * 1000),
+        400,
+        None,
+    ),
+    "a name twice": (raw('"n": 1, "n": 2'), 400, "n"),
+    "the prompt twice": (raw('"prompt": "other"'), 400, "prompt"),
+    "a name twice, spelt differently": (raw('"n": 1, "\\u006e": 1'), 400, "n"),
+    "a name twice inside": (raw('"method_params": {"a": 1, "a": 1}'), 400, "a"),
+    "500,000 unknown names": (
+        b"{" + b",".join(b'"x%d":1' % i for i in range(500_000)) + b"}",
+        400,
+        "x0",
+    ),
+    "a name of 1 MB": (fields(**{MEGABYTE: 1}), 400, "a" * 64),
+    "a name of control characters": (raw('"\\u0000\\u001b": 1'), 400, "\0\x1b"),
+    "an empty name": (raw('"": 1'), 400, ""),
+    "__proto__": (raw('"__proto__": {}'), 400, "__proto__"),
+    "a misspelt name": (fields(max_token=5), 400, "max_token"),
+    # types
+    "a number as the prompt": (fields(prompt=5), 400, "prompt"),
+    "a list as the prompt": (fields(prompt=[PRIVATE]), 400, "prompt"),
+    "an object as the prompt": (fields(prompt={"text": PRIVATE}), 400, "prompt"),
+    "no prompt": (b"{}", 400, "prompt"),
+    "null as the prompt": (fields(prompt=None), 400, "prompt"),
+    "an empty prompt": (fields(prompt=""), 400, "prompt"),
+    "both prompts": (fields(prompt_token_ids=[1]), 400, "prompt"),
+    "a number as a string": (fields(max_tokens="5"), 400, "max_tokens"),
+    "a boolean as a number": (fields(max_tokens=True), 400, "max_tokens"),
+    "a fraction of a token": (fields(max_tokens=1.5), 400, "max_tokens"),
+    "a string as a boolean": (fields(stream="true"), 400, "stream"),
+    "a number as a boolean": (fields(ignore_eos=1), 400, "ignore_eos"),
+    "null as a number": (fields(temperature=None), 400, "temperature"),
+    "an object as a number": (fields(seed={}), 400, "seed"),
+    "a list as a method": (fields(method=["dense"]), 400, "method"),
+    "a list of knobs": (fields(method_params=[1]), 400, "method_params"),
+    "a string of knobs": (fields(method_params="{}"), 400, "method_params"),
+    "an unknown detail": (fields(sparsity_detail="all"), 400, "sparsity_detail"),
+    # ranges
+    "no tokens": (fields(max_tokens=0), 400, "max_tokens"),
+    "fewer than no tokens": (fields(max_tokens=-1), 400, "max_tokens"),
+    "more tokens than ids": (fields(max_tokens=2**31), 400, "max_tokens"),
+    "a least above the most": (fields(min_tokens=200), 400, "min_tokens"),
+    "a cold temperature": (fields(temperature=-1e-9), 400, "temperature"),
+    "a hot temperature": (fields(temperature=2.0001), 400, "temperature"),
+    "no mass": (fields(top_p=0), 400, "top_p"),
+    "more than all mass": (fields(top_p=1.0001), 400, "top_p"),
+    "top_k of -2": (fields(top_k=-2), 400, "top_k"),
+    "min_p of 2": (fields(min_p=2), 400, "min_p"),
+    "a penalty of 0": (fields(repetition_penalty=0), 400, "repetition_penalty"),
+    "a penalty of 3": (fields(presence_penalty=3), 400, "presence_penalty"),
+    "a penalty of -3": (fields(frequency_penalty=-3), 400, "frequency_penalty"),
+    "no choices": (fields(n=0), 400, "n"),
+    "a million choices": (fields(n=10**6), 400, "n"),
+    "two choices of the same": (fields(n=2, temperature=0), 400, "n"),
+    "a thousand log-probabilities": (fields(logprobs=1000), 400, "logprobs"),
+    # lists
+    "10,000 stop strings": (fields(stop=["x"] * 10_000), 400, "stop"),
+    "a stop string of 1 MB": (fields(stop=MEGABYTE), 400, "stop"),
+    "an empty stop string": (fields(stop=["x", ""]), 400, "stop"),
+    "stop strings in a list": (fields(stop=[["x"]]), 400, "stop"),
+    "10,000 stop tokens": (fields(stop_token_ids=[1] * 10_000), 400, "stop_token_ids"),
+    "a negative stop token": (fields(stop_token_ids=[-1]), 400, "stop_token_ids"),
+    "no prompt tokens": (b'{"prompt_token_ids": []}', 400, "prompt_token_ids"),
+    "a negative token": (b'{"prompt_token_ids": [-1]}', 400, "prompt_token_ids"),
+    "a token beyond 31 bits": (b'{"prompt_token_ids": [2147483648]}', 400, "prompt_token_ids"),
+    "a token in words": (b'{"prompt_token_ids": ["a"]}', 400, "prompt_token_ids"),
+    "a token that is true": (b'{"prompt_token_ids": [true]}', 400, "prompt_token_ids"),
+    "100,000 tokens in words": (
+        json.dumps({"prompt_token_ids": ["x"] * 100_000}).encode(),
+        400,
+        "prompt_token_ids",
+    ),
+    "tokens as a string": (b'{"prompt_token_ids": "1,2"}', 400, "prompt_token_ids"),
+    "a prompt too long for the context": (fields(prompt="x " * 1000), 400, "prompt"),
+    # methods
+    "an unknown method": (fields(method="nope"), 400, "method"),
+    "an empty method": (fields(method=""), 400, "method"),
+    "a method of 1 MB": (fields(method=MEGABYTE), 400, "method"),
+    "a method of control characters": (fields(method="\x1b[31m\r\nX: y\0"), 400, "method"),
+    "a method that is a path": (fields(method="../../etc/passwd"), 400, "method"),
+    "a method that is a module": (fields(method="sparse_methods.registry"), 400, "method"),
+    "an unknown version": (fields(method="dense", version="v99"), 400, "version"),
+    "a version of 1 MB": (fields(method="dense", version=MEGABYTE), 400, "version"),
+    "a version of control characters": (fields(method="dense", version="v1\0"), 400, "version"),
+    "an unknown knob": (fields(method_params={"nope": 1}), 400, "method_params"),
+    "a knob's name of 1 MB": (fields(method_params={MEGABYTE: 1}), 400, "method_params"),
+    "a knob out of bounds": (fields(method_params={"sink_blocks": -1}), 400, "method_params"),
+    "a knob of the wrong type": (fields(method_params={"sink_blocks": "1"}), 400, "method_params"),
+    "a knob deep down": (
+        fields(method_params={"sink_blocks": {"a": [{}]}}),
+        400,
+        "method_params",
+    ),
+    # size
+    "9 MB": (fields(prompt="x" * 9_000_000), 413, None),
+}
+
+# What it is: the query, and the parameter that is named.
+QUERIES: dict[str, tuple[str, str]] = {
+    "an unknown method": ("method=nope", "method"),
+    "an empty method": ("method=", "method"),
+    "a method twice": ("method=dense&method=dense", "method"),
+    "a method that is not UTF-8": ("method=%ff%fe", "method"),
+    "a method with NUL": ("method=dense%00", "method"),
+    "a method with a line break": ("method=dense%0d%0aX-Injected:%20yes", "method"),
+    "a method of 60 kB": ("method=" + "a" * 60_000, "method"),
+    "a version of 60 kB": ("method=dense&version=" + "1" * 60_000, "version"),
+    "an unknown version": ("method=dense&version=v99", "version"),
+    "a version without its v": ("method=dense&version=1", "version"),
+    "an unknown parameter": ("metod=dense", "metod"),
+    "the prompt in the query": ("prompt=" + PRIVATE, "prompt"),
+    "a parameter of 60 kB": ("a" * 60_000 + "=1", "a" * 64),
+    "a parameter with a line break": ("%0d%0aX-Injected:%20yes=1", "\r\nX-Injected: yes"),
+}
+
+# What it is: the headers.
+HEADERS: dict[str, dict[str, str]] = {
+    "no content type": {},
+    "plain text": {"Content-Type": "text/plain"},
+    "a form": {"Content-Type": "application/x-www-form-urlencoded"},
+    "a form of parts": {"Content-Type": "multipart/form-data; boundary=x"},
+    "something like JSON": {"Content-Type": "application/json-seq"},
+    "a content type of 30 kB": {"Content-Type": "a" * 30_000},
+    "gzip": {"Content-Type": JSON, "Content-Encoding": "gzip"},
+    "a bomb": {"Content-Type": JSON, "Content-Encoding": "gzip, gzip, br"},
+}
+TYPES = {400: "BadRequestError", 413: "PayloadTooLargeError"}
+
+
+@pytest.fixture(scope="module")
+def log():
+    """All that is logged while the table is sent."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel("DEBUG")
+    yield stream
+    root.removeHandler(handler)
+    root.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return FakeEngine(Settings())
+
+
+@pytest.fixture(scope="module")
+def client(engine, log):
+    with (
+        running_server(engine) as address,
+        httpx.Client(base_url=address, timeout=60) as one,
+    ):
+        yield one
+
+
+def check(response: httpx.Response, status: int, param: str | None) -> None:
+    assert response.status_code == status, response.text
+    assert len(response.content) <= 2048
+    assert response.headers["content-type"] == JSON
+    assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
+    assert "x-injected" not in response.headers
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert error == {
+        "message": error["message"],
+        "type": TYPES[status],
+        "param": param,
+        "code": status,
+    }
+    assert error["message"]
+    assert error["message"].isprintable()
+    for trace in (PRIVATE, str(ROOT), "site-packages", ".py", "Traceback", "/root", "/home"):
+        assert trace not in response.text
+
+
+def check_untouched(client: httpx.Client, engine: FakeEngine) -> None:
+    """Nothing reached the engine, and the next request is served on the same connection."""
+    assert not engine.requests
+    answer = client.post("/generate", json={"prompt": "p"})
+    assert answer.status_code == 200
+    engine.requests.clear()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("body", "status", "param"), BODIES.values(), ids=BODIES)
+def test_a_bad_body(client, engine, route, body, status, param):
+    response = client.post(route, content=body, headers={"Content-Type": JSON})
+    check(response, status, param)
+    check_untouched(client, engine)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("query", "param"), QUERIES.values(), ids=QUERIES)
+def test_a_bad_query(client, engine, route, query, param):
+    response = client.post(f"{route}?{query}", content=fields(), headers={"Content-Type": JSON})
+    check(response, 400, param)
+    check_untouched(client, engine)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS)
+def test_a_bad_content_type(client, engine, route, headers):
+    check(client.post(route, content=fields(), headers=headers), 400, None)
+    check_untouched(client, engine)
+
+
+def test_the_table_is_long_enough():
+    assert len(BODIES) + len(QUERIES) + len(HEADERS) >= 100
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_refusal_names_the_method_as_soon_as_it_is_known(client, route):
+    def names(query: str, body: bytes) -> tuple[str | None, str | None]:
+        response = client.post(route + query, content=body, headers={"Content-Type": JSON})
+        assert response.status_code == 400
+        headers = response.headers
+        return headers.get("x-sparse-method"), headers.get("x-sparse-version")
+
+    assert names("?method=dense", b"{") == ("dense", "v1")
+    assert names("?method=dense&version=v1", fields(n=0)) == ("dense", "v1")
+    assert names("", fields(method="streaming", method_params={"nope": 1})) == ("streaming", "v1")
+    assert names("?method=nope", fields()) == (None, None)
+    assert names("", b"{") == (None, None)
+
+
+def series(client: httpx.Client) -> set[str]:
+    lines = client.get("/metrics").text.splitlines()
+    return {line.rpartition(" ")[0] for line in lines if not line.startswith("#")}
+
+
+def test_no_client_can_make_metrics_grow(client, engine):
+    def send_all() -> None:
+        for route in ROUTES:
+            word = secrets.token_hex(8)
+            headers = {"Content-Type": JSON, "X-Request-Id": word}
+            client.post(route, content=fields(), headers=headers)
+            client.post(f"{route}?method={word}", content=fields(), headers=headers)
+            client.post(f"{route}?method=dense&version={word}", content=fields(), headers=headers)
+            client.post(f"{route}?{word}=1", content=fields(), headers=headers)
+            client.post(route, content=fields(method=word), headers=headers)
+            client.post(route, content=fields(**{word: 1}), headers=headers)
+            client.post(f"{route}/{word}", content=fields(), headers=headers)
+            client.request(word[:4].upper(), route, headers=headers)
+            client.get(f"/methods/{word}")
+            client.get(f"/{word}")
+
+    send_all()
+    series(client)  # which has one of its own
+    before = series(client)
+    for _ in range(20):
+        send_all()
+    assert series(client) == before
+
+
+def test_nothing_of_a_prompt_was_logged(client, log):
+    response = client.post("/generate", content=fields(), headers={"Content-Type": JSON})
+    assert response.status_code == 200
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    ours = [line for line in lines if not line["logger"].startswith(("httpx", "httpcore"))]
+    assert any(line["logger"] == "service.access" for line in ours)
+    assert PRIVATE not in json.dumps(ours)
+    assert MEGABYTE[:100] not in json.dumps(ours)
+
+
+def test_other_origins_are_told_nothing(client):
+    headers = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    for response in (
+        client.options("/generate", headers=headers),
+        client.get("/methods", headers=headers),
+    ):
+        assert not [name for name in response.headers if name.startswith("access-control")]
+    assert client.options("/generate", headers=headers).status_code == 405
