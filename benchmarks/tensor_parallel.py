@@ -92,7 +92,7 @@ def _measured(sizes: list[int], options: list[str], kind: str) -> dict[str, Any]
             if subprocess.run(command, check=False).returncode:  # noqa: S603 - this very module
                 found[size] = {"result": {"error": "it failed; see what it printed"}}
             else:
-                found[size] = torch.load(file)
+                found[size] = torch.load(file, weights_only=True)
     first = found[sizes[0]]
     for size in sizes[1:]:
         if "logits" not in found[size] or "logits" not in first:

@@ -1,6 +1,7 @@
 """The other ranks as rank 0 sees them: processes of this machine, each at the end of a pipe.
 
-A pipe tells both sides at once when the other one has died, which no timeout does.
+A pipe tells both sides at once when the other one has died, which no timeout does. Messages are
+pickled: both ends are our own, and the pipe has no name by which anybody else could open it.
 """
 
 import faulthandler
