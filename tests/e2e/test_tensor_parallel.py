@@ -94,7 +94,7 @@ def test_a_rank_that_dies_ends_the_service_and_tells_its_clients(pair):
     assert pair.process.wait(followers._END_GRACE_S + 10) == 1
     waiting.join(10)
     pair.close()
-    assert "tensor-parallel rank 1 ended with status -9" in pair.output
+    assert "; the service ends" in pair.output
     [answer] = answers
     assert not isinstance(answer, httpx.Response) or answer.status_code >= 500
 

@@ -9,6 +9,7 @@ import torch
 from service.engine.engine import Engine
 from service.engine.generation import GenerationRequest
 from service.engine.parallel import starting_ranks
+from service.engine.prefix import PrefixKeys
 from service.engine.sequence import SamplingParams
 from service.errors import BadRequestError, ModelNotSupportedError
 from service.settings import Settings
@@ -90,6 +91,23 @@ def test_those_requests_ran_out_of_pages(engines):
     engines[1].events.num_preempted = 0
     play(engines[1].core, [request for seed in range(6) for request in requests_of(seed)])
     assert engines[1].events.num_preempted > 0
+
+
+def test_pages_that_prompts_share_are_shared_on_all_ranks(engines):
+    prompt = [(5 + 13 * i) % 4000 + 8 for i in range(70)]
+    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+    class Sharing(Request):
+        def sequence(self, index):
+            sequence = super().sequence(index)
+            sequence.prefix = PrefixKeys(self.prompt_ids, BLOCK, sequence.method)
+            return sequence
+
+    for num_cached in (0, 4 * BLOCK):
+        requests: list[Request] = [Sharing(prompt, "block_topk@v1", greedy)]
+        [((_, expected), (_, given))] = play_both(engines, requests)
+        assert_alike(given, expected)
+        assert given.finish.num_cached_tokens == num_cached
 
 
 def test_an_abort_reads_the_counters_of_all_ranks(engines):
