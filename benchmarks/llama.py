@@ -31,7 +31,7 @@ from service.models.hugging_face import set_attention
 from service.models.loading import LoadedModel, default_model_directory
 from service.models.surgery import Fusions, fuse_modules
 
-_CONFIG: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -41,7 +41,7 @@ _CONFIG: dict[str, Any] = {
     "max_position_embeddings": 131200,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
-_BLOCK = 128
+BLOCK = 128
 _PEER_FIRST_TOKEN_S = {1024: 0.025, 8192: 0.206, 32768: 1.167, 131072: 10.19}
 _PEER_STEP_MS = {
     (1, 1024): 6.74,
@@ -84,16 +84,17 @@ def build_runner(num_layers: int = 32, *, fuse: bool = True) -> ModelRunner:
     loaded = build_model(num_layers, fuse=fuse)
     print("\n".join(loaded.notes))
     modules = [(layer.module, layer.geometry) for layer in loaded.layers]
-    return ModelRunner(loaded.model, modules, num_pages=2400, block_size=_BLOCK, num_slots=160)
+    return ModelRunner(loaded.model, modules, num_pages=2400, block_size=BLOCK, num_slots=160)
 
 
-def build_model(num_layers: int = 32, *, fuse: bool = True) -> LoadedModel:
+def build_model(
+    num_layers: int = 32, *, fuse: bool = True, shape: dict[str, Any] = SHAPE, device: str = "cuda"
+) -> LoadedModel:
     """The model with random weights; what it says is read by the built-in model's tokenizer."""
-    config = LlamaConfig(**{**_CONFIG, "num_hidden_layers": num_layers})
-    with torch.device("cuda"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="eager"
-        )
+    config = LlamaConfig(**{**shape, "num_hidden_layers": num_layers})
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             parameter.data.normal_(0, 0.02)
@@ -135,9 +136,9 @@ def measure_decode(runner: ModelRunner, spec: str, longest: int) -> dict[str, di
 
 def first_token(runner: ModelRunner, spec: str, length: int, chunk: int) -> float:
     """Seconds from tokens to the choice of the first one, prefilled in chunks."""
-    sequence, logits = _sequence(spec, length, 0), torch.empty(0)
-    allocator = PageAllocator(runner.num_pages, _BLOCK)
-    torch.cuda.synchronize()
+    sequence, logits = sequence_of(spec, length, 0), torch.empty(0)
+    allocator = PageAllocator(runner.num_pages, BLOCK)
+    _synchronize(runner)
     started_at = time.perf_counter()
     for start in range(0, length, chunk):
         num_tokens = min(chunk, length - start)
@@ -157,10 +158,10 @@ def decode_step(
     The methods of a batch are those of ``spec`` in turns.
     """
     specs = spec.split("+")
-    allocator = PageAllocator(runner.num_pages, _BLOCK)
+    allocator = PageAllocator(runner.num_pages, BLOCK)
     sequences = []
     for index in range(batch):
-        sequence = _sequence(specs[index % len(specs)], length - num_steps - 4, index)
+        sequence = sequence_of(specs[index % len(specs)], length - num_steps - 4, index)
         if not allocator.try_reserve(sequence, length):
             raise MemoryError("the cache is too small")
         sequence.num_computed_tokens = sequence.num_prompt_tokens
@@ -176,7 +177,7 @@ def decode_step(
 
     for _ in range(3):
         step()
-    torch.cuda.synchronize()
+    _synchronize(runner)
     started_at = time.perf_counter()
     for _ in range(num_steps):
         step()
@@ -191,11 +192,11 @@ def engine_step(
     Prompts count as computed but for their last token, like those of ``decode_step``.
     """
     specs = spec.split("+")
-    pages = PageAllocator(runner.num_pages, _BLOCK)
-    scheduler = Scheduler(Limits(8192, 160, _BLOCK), pages)
+    pages = PageAllocator(runner.num_pages, BLOCK)
+    scheduler = Scheduler(Limits(8192, 160, BLOCK), pages)
     core = _engine_core(runner, scheduler)
     for index in range(batch):
-        sequence = _sequence(specs[index % len(specs)], length - num_steps - 8, index)
+        sequence = sequence_of(specs[index % len(specs)], length - num_steps - 8, index)
         if not pages.try_reserve(sequence, sequence.num_prompt_tokens):
             raise MemoryError("the cache is too small")
         sequence.num_computed_tokens = sequence.num_prompt_tokens - 1
@@ -205,14 +206,19 @@ def engine_step(
 
     for _ in range(5):
         core.step()
-    torch.cuda.synchronize()
+    _synchronize(runner)
     started_at = time.perf_counter()
     for _ in range(num_steps):
         if len(core.step()) != batch:
             raise RuntimeError("a step did not give everybody a token")
     seconds = time.perf_counter() - started_at
-    torch.cuda.synchronize()
+    _synchronize(runner)
     return seconds / num_steps * 1e3
+
+
+def _synchronize(runner: ModelRunner) -> None:
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _engine_core(runner: ModelRunner, scheduler: Scheduler) -> EngineCore:
@@ -221,14 +227,15 @@ def _engine_core(runner: ModelRunner, scheduler: Scheduler) -> EngineCore:
     return EngineCore(
         runner=runner,
         scheduler=scheduler,
-        sampler=Sampler(runner.device, _CONFIG["vocab_size"]),
+        sampler=Sampler(runner.device, SHAPE["vocab_size"]),
         events=NoEvents(),
         text_output=lambda s: OutputBuilder(tokenizer, s.prompt_ids, s.sampling),
         runs_ahead=True,
     )
 
 
-def _sequence(spec: str, num_prompt: int, slot: int) -> Sequence:
+def sequence_of(spec: str, num_prompt: int, slot: int) -> Sequence:
+    """A greedy sequence of random tokens that never ends."""
     generator = torch.Generator().manual_seed(slot)
     return Sequence(
         request_id=str(slot),

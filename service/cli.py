@@ -85,7 +85,9 @@ def serve(settings: Settings) -> None:
     holder = fastapi_app.state.holder
     if holder.failure is not None:
         typer.echo(f"The model could not be loaded: {holder.failure}", err=True)
-    if holder.is_busy:  # torch aborts the process if the interpreter ends under a thread of it
+    # torch aborts the process if the interpreter ends under a thread of it; where ranks share the
+    # model, a thread may wait for one that is lost.
+    if holder.is_busy or settings.tensor_parallel > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(server.exit_code)

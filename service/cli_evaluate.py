@@ -24,6 +24,7 @@ _NOT_OURS = (
     "stall_timeout_s",
     "max_waiting_requests",
     "run_ahead",
+    "tensor_parallel",
 )
 _WIDTH = 220  # of a table that no terminal bounds, characters
 
@@ -104,8 +105,8 @@ def _run(settings: Settings, options: EvaluateOptions, methods: list[str]) -> No
         text=options.text,
     )
     with LoadingBar(Console(stderr=True)) as bar:
-        # Probes see every row that runs, so none may run whose sequence has ended.
-        waiting = settings.model_copy(update={"run_ahead": False})
+        # Probes see every row that runs, so none may run whose sequence has ended, and every head.
+        waiting = settings.model_copy(update={"run_ahead": False, "tensor_parallel": 1})
         engine = Engine.load(waiting, NoEvents(), bar)
         evaluator = Evaluator(engine, settings.model or default_model_directory(), plan)
         results = Results(options.output, evaluator.conditions(), evaluator.environment())

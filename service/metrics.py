@@ -8,9 +8,9 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
-from service.engine.engine import EngineStatus
 from service.engine.events import FaultKind
 from service.engine.sequence import Finish, FinishReason, Sequence
+from service.engine.status import EngineStatus
 from service.vllm_aliases import VllmAliases
 from sparse_methods import Phase, get_sparse_method, list_sparse_methods
 

@@ -21,6 +21,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights and KV cache; auto is float32 on a CPU, bfloat16 on a GPU."
     )
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="Processes, a GPU each, that hold the model together."
+    )
     fuse_modules: bool = Field(
         default=True,
         description="Whether modules of the model are fused where that gives the same numbers.",

@@ -17,8 +17,8 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
-from service.engine.engine import EngineStatus
 from service.engine.sequence import Finish
+from service.engine.status import EngineStatus
 
 _PREFIX = "vllm:"
 _LABELS = ("model_name", "engine")

@@ -61,6 +61,9 @@ class SparseAttentionMethod(ABC):
             once per step.
         evaluation_only: Whether it costs more than dense attention, and exists to be compared with.
         has_target_sparsity: Whether its own thresholds can be calibrated to a target sparsity.
+        tensor_parallel_safe: Whether what it decides for a KV head does not depend on the others,
+            so that ranks which hold some heads each decide as one that holds all of them. What a
+            ``ThresholdView`` counts is of all heads in any case.
     """
 
     Knobs: ClassVar[type[_Knobs]] = _Knobs
@@ -72,6 +75,7 @@ class SparseAttentionMethod(ABC):
     selects_per_layer: ClassVar[bool] = True
     evaluation_only: ClassVar[bool] = False
     has_target_sparsity: ClassVar[bool] = False
+    tensor_parallel_safe: ClassVar[bool] = True
 
     def __init__(self, method_config: Mapping[str, Any] | _Knobs | None = None) -> None:
         self.knobs = self._validate(method_config)
@@ -192,6 +196,15 @@ class SparseAttentionMethod(ABC):
 
     def check_servable(self, block_size: int) -> None:  # noqa: B027 - a hook
         """Raise UnsupportedError if the knobs cannot be served with this block size (tokens)."""
+
+    def splits_over_ranks(self) -> bool:
+        """Whether it can be served where every rank holds some of the heads."""
+        return self.tensor_parallel_safe
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        # Strings hash differently in every process, and methods do travel between processes.
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
 
     @classmethod
     def description(cls) -> str:

@@ -11,7 +11,7 @@ visible, counted per query head; padding never counts.
   dense attention would have read.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -99,6 +99,21 @@ def read_statistics(
     rows = zip(blocks.tolist(), kv_bytes.tolist(), num_heads, strict=True)
     return RequestStatistics(
         tuple(_layer(index, *row) for index, row in enumerate(rows)),
+    )
+
+
+def join_heads(parts: Sequence[RequestStatistics]) -> RequestStatistics:
+    """Statistics of a request whose heads are counted in parts, in the order of the heads."""
+    layers = zip(*(part.layers for part in parts), strict=True)
+    return RequestStatistics(
+        tuple(
+            LayerStatistics(
+                layer=of_layer[0].layer,
+                phases={phase: _sum(part.phases[phase] for part in of_layer) for phase in PHASES},
+                heads=tuple(head for part in of_layer for head in part.heads),
+            )
+            for of_layer in layers
+        )
     )
 
 

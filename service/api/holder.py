@@ -4,8 +4,9 @@ import logging
 import threading
 from collections.abc import Callable
 
-from service.engine.engine import Engine, EngineStatus
+from service.engine.engine import Engine
 from service.engine.events import EngineEvents
+from service.engine.status import EngineStatus
 from service.errors import UnavailableError
 
 LoadEngine = Callable[[EngineEvents], Engine]

@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import time
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +22,18 @@ from service.engine.kv_cache import PageAllocator
 from service.engine.loop import Address, EngineLoop
 from service.engine.model_runner import ModelRunner
 from service.engine.outbox import Outbox
+from service.engine.parallel import (
+    LeadingRunner,
+    Ranks,
+    check_splits,
+    group_of,
+    load_share,
+    num_pages_of_all,
+    starting_ranks,
+)
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Limits, Scheduler
-from service.engine.sizing import num_pages
+from service.engine.status import EngineStatus
 from service.engine.stopping import OutputBuilder
 from service.engine.tokenizer import Tokenizer
 from service.engine.trial import packed_logits
@@ -37,27 +46,12 @@ from service.errors import (
 )
 from service.models.calibration_file import load_calibrations
 from service.models.hugging_face import Progress
-from service.models.loading import LoadedModel, load_model
+from service.models.loading import LoadedModel
 from service.models.self_test import SelfTestReport, run_self_test
 from service.settings import Settings
 from sparse_methods import SparseAttentionMethod, get_sparse_method, latest_version
 
 _HANG_FACTOR = 4  # of the time after which the engine counts as stuck
-
-
-@dataclass(frozen=True)
-class EngineStatus:
-    """What probes and gauges need; reading it never waits for the engine."""
-
-    loaded: bool
-    is_alive: bool
-    is_draining: bool
-    is_stalled: bool
-    reason: str
-    num_running: int
-    num_waiting: int
-    num_pages_total: int
-    num_pages_used: int
 
 
 class Engine:
@@ -72,8 +66,15 @@ class Engine:
         default_method: Name and version of requests that name none.
     """
 
-    def __init__(self, settings: Settings, loaded: LoadedModel, events: EngineEvents) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        loaded: LoadedModel,
+        events: EngineEvents,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.settings = settings
+        self._ranks = ranks
         self.events = events
         self.tokenizer = Tokenizer.load(loaded.directory, loaded.eos_token_ids)
         self._grammars = GrammarCompiler(self.tokenizer)
@@ -82,12 +83,12 @@ class Engine:
         get_sparse_method(settings.method)().check_servable(settings.block_size)
         self._calibrations = load_calibrations(settings.calibration, loaded.directory)
         geometries = [layer.geometry for layer in loaded.layers]
-        self._num_pages = num_pages(settings, geometries, loaded)
+        self._num_pages = num_pages_of_all(settings, geometries, loaded, group_of(ranks))
         capacity = self._num_pages * settings.block_size
         self.max_context_tokens = min(loaded.max_context_tokens, capacity)
         embeddings: Any = loaded.model.get_input_embeddings()
         self._num_embeddings = int(embeddings.weight.shape[0])
-        runner = ModelRunner(
+        runner = (ModelRunner if ranks is None else partial(LeadingRunner, ranks))(
             loaded.model,
             [(layer.module, layer.geometry) for layer in loaded.layers],
             num_pages=self._num_pages,
@@ -99,6 +100,8 @@ class Engine:
         self.runner = runner
         self.core = self._build_core(runner)
         self._loop = EngineLoop(self.core)
+        if ranks is not None:
+            ranks.followers.on_failure(self._loop.abandon)
         self._admission = Admission(settings, capacity, self.core, self._loop)
         self._is_draining = False
         self._watchdog = Watchdog(_HANG_FACTOR * settings.stall_timeout_s)
@@ -115,16 +118,10 @@ class Engine:
         Raises:
             ModelNotSupportedError: The model cannot be served; the message says why.
         """
-        loaded = load_model(
-            settings.model,
-            settings.device,
-            settings.dtype,
-            progress,
-            settings.max_context_tokens,
-            fuse=settings.fuse_modules,
-        )
-        engine = cls(settings, loaded, events)
-        engine.self_test = run_self_test(loaded, engine.trial_logits, engine.max_trial_tokens)
+        with starting_ranks(settings) as ranks:
+            loaded = load_share(settings, group_of(ranks), progress)
+            engine = cls(settings, loaded, events, ranks)
+            engine.self_test = run_self_test(loaded, engine.trial_logits, engine.max_trial_tokens)
         if progress is not None:
             progress("self-test", 1, 1)
         return engine
@@ -137,6 +134,8 @@ class Engine:
         """Abort whatever runs and end the engine thread."""
         self._is_draining = True
         self._loop.stop()
+        if self._ranks is not None:
+            self._ranks.stop(self.runner)
 
     @property
     def is_busy(self) -> bool:
@@ -175,6 +174,7 @@ class Engine:
         """
         request = dataclasses.replace(request, method=self.calibrated(request.method))
         request.method.check_servable(self.settings.block_size)
+        check_splits(request.method, group_of(self._ranks))
         check_logit_bias(request.sampling, self.tokenizer.vocab_size)
         self._check_admission(request.n, 0)  # before the work of encoding, and again after it
         prompt_ids = await self._encode(request)

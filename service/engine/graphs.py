@@ -63,7 +63,9 @@ class DecodeGraphs:
                 forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may go on asking the device: the watchdog of NCCL does, where ranks share
+        # the model.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = forward()
         logger.debug("captured a decode step of %s rows, %s pages", shape.num_rows, shape.num_pages)
         return _Captured(step, rows, graph, logits)

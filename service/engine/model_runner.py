@@ -126,6 +126,10 @@ class ModelRunner:
         logits = self._forward(step.token_ids, step.positions, step.batch(tiles), rows)
         return logits[: len(chunks)]
 
+    def forget_graphs(self) -> None:
+        """Free what was captured; NCCL's communicators cannot end while a graph uses them."""
+        self._graphs = None
+
     def new_decode_step(self, shape: DecodeShape) -> DecodeStep:
         """Buffers for decode steps of a shape."""
         return DecodeStep(
@@ -165,13 +169,20 @@ class ModelRunner:
         """
         if sequence.slot is None:
             return RequestStatistics()
-        first = sequence.slot * len(PHASES)
+        return self.read(self.counters(sequence.slot, num_runs))
+
+    def counters(self, slot: int, num_runs: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``slot`` has counted: blocks [layers, phases, heads, 3], elements [..., 2]."""
+        first = slot * len(PHASES)
         rows = slice(first, first + len(PHASES))
         if self._before_run is not None and num_runs is not None and num_runs < self.num_runs:
             blocks, elements = self._before_run.read(rows)
-        else:
-            blocks = self.attention.block_counters[:, rows]
-            elements = self.attention.element_counters[:, rows]
+            return blocks, elements
+        return self.attention.block_counters[:, rows], self.attention.element_counters[:, rows]
+
+    def read(self, counters: tuple[torch.Tensor, torch.Tensor]) -> RequestStatistics:
+        """What counters of this model, or of another rank's equal share of it, mean."""
+        blocks, elements = counters
         heads = [geometry.num_heads for geometry in self.geometries]
         return read_statistics(blocks, elements * self.dtype.itemsize, heads)
 

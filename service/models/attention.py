@@ -77,6 +77,7 @@ class PagedAttention:
         block_counters: [layers, slots * 2, max heads, 3] int64, what each running request read.
         element_counters: [layers, slots * 2, 2] int64, elements of keys and values read, and dense.
         heartbeat: When a layer last ran, by the monotonic clock: a long step shows that it lives.
+        sum_over_ranks: Adds up what ranks with other heads counted, in place; None if all are here.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class PagedAttention:
         self._caches = list(caches)
         self.implementation = implementation
         self._write_cache = write_cache
+        self.sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._batch: AttentionBatch | None = None
         self.heartbeat = time.monotonic()
         device = caches[0][0].device
@@ -197,7 +199,8 @@ class PagedAttention:
         )
         self._counted.append((outputs.blocks, outputs.kv_elements))
         if batch.adaptive:
-            self._tile_blocks += outputs.blocks.sum(1)
+            blocks = outputs.blocks.sum(1)
+            self._tile_blocks += self.sum_over_ranks(blocks) if self.sum_over_ranks else blocks
         return outputs.output
 
     def kept_rows(self, layer: int) -> torch.Tensor | None:

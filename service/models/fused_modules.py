@@ -91,7 +91,8 @@ class FusedMlp:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., H] to [..., H]."""
         product = self._kernels.gated_product(hidden_states, self._projection, self._activation)
-        return functional.linear(product, self._down.weight, self._down.bias)
+        output: torch.Tensor = self._down(product)  # by its forward, which may sum over ranks
+        return output
 
 
 class FusedAttention:
@@ -141,7 +142,7 @@ class FusedAttention:
         values = rows[:, first_value:].unflatten(1, (heads.num_kv_heads, -1))
         bound: BoundLayer = self._module.sparseserve_layer  # type: ignore[assignment]
         attended = bound.attention.forward(bound.index, queries, keys, values, self._sinks)
-        output = functional.linear(attended.flatten(1), self._output.weight, self._output.bias)
+        output: torch.Tensor = self._output(attended.flatten(1))
         return output[None], None
 
 

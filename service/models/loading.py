@@ -40,6 +40,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What a model said before it was divided among ranks: logits [len, V] of some prompts."""
+
+    prompts: tuple[list[int], ...]
+    logits: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A model whose attention layers call the seam; they must be bound before it runs.
 
@@ -51,6 +59,7 @@ class LoadedModel:
         max_context_tokens: Longest prompt plus output that may be served.
         fusions: Its modules that compute with fewer kernels than their own code would.
         notes: What an operator may want to know, one sentence each.
+        reference: What the self-test compares with; None lets it run the model itself.
     """
 
     model: PreTrainedModel
@@ -61,6 +70,7 @@ class LoadedModel:
     max_context_tokens: int
     fusions: Fusions = field(default_factory=Fusions)
     notes: tuple[str, ...] = ()
+    reference: Reference | None = None
 
 
 def default_model_directory() -> Path:

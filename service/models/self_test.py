@@ -4,7 +4,7 @@ Discovery trusts what a model passes to its attention function; this test trusts
 model runs the code of transformers, with no module fused.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from service.errors import ModelNotSupportedError
 from service.models.discovery import DiscoveredLayer
 from service.models.hugging_face import quiet, using_attention
-from service.models.loading import LoadedModel
+from service.models.loading import LoadedModel, Reference
 
 PackedLogits = Callable[[list[list[int]]], Sequence[torch.Tensor]]
 
@@ -52,13 +52,18 @@ def run_self_test(
     Raises:
         ModelNotSupportedError: The logits differ, or are not numbers.
     """
-    prompts = _prompts(loaded, max_tokens)
-    packed = packed_logits(prompts)
-    with quiet(), using_attention(loaded.model, "eager"), loaded.fusions.suspended():
-        errors = [
-            _relative_error(rows, _plain_logits(loaded.model, prompt), len(prompt))
-            for prompt, rows in zip(prompts, packed, strict=True)
-        ]
+    plain: Iterable[torch.Tensor]
+    if loaded.reference is None:
+        prompts = _prompts(loaded, max_tokens)
+        packed, plain = packed_logits(prompts), _all_plain_logits(loaded, prompts)
+    else:  # what the first tokens of a prompt lead to does not depend on the others
+        prompts = [prompt[:max_tokens] for prompt in loaded.reference.prompts]
+        packed = packed_logits(prompts)
+        plain = [logits[:max_tokens] for logits in loaded.reference.logits]
+    errors = [
+        _relative_error(rows, expected, len(prompt))
+        for prompt, rows, expected in zip(prompts, packed, plain, strict=True)
+    ]
     dtype = next(loaded.model.parameters()).dtype
     tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
     worst = max(errors)
@@ -70,6 +75,23 @@ def run_self_test(
             f" {', '.join(f'{error:.2g}' for error in errors)})."
         )
     return SelfTestReport(worst, tolerance, tuple(len(prompt) for prompt in prompts))
+
+
+def plain_reference(loaded: LoadedModel) -> Reference:
+    """What the whole model says to short prompts, before it is divided among ranks.
+
+    It runs where the model lies, which is on the CPU if no GPU holds it: windows and chunks longer
+    than the prompts are not exceeded.
+    """
+    prompts = _prompts(loaded, _LENGTHS[-1])
+    return Reference(tuple(prompts), tuple(_all_plain_logits(loaded, prompts)))
+
+
+def _all_plain_logits(loaded: LoadedModel, prompts: list[list[int]]) -> Iterator[torch.Tensor]:
+    """Logits [len, V] of each prompt, one at a time, as those of a long one are large."""
+    with quiet(), using_attention(loaded.model, "eager"), loaded.fusions.suspended():
+        for prompt in prompts:
+            yield _plain_logits(loaded.model, prompt)
 
 
 def _prompts(loaded: LoadedModel, max_tokens: int) -> list[list[int]]:
@@ -110,5 +132,5 @@ def _relative_error(packed: torch.Tensor, plain: torch.Tensor, num_tokens: int) 
         )
     if not bool(packed.isfinite().all()):
         return float("inf")
-    difference = packed.double() - plain.double()
+    difference = packed.to(plain.device).double() - plain.double()
     return float(difference.norm() / plain.double().norm().clamp_min(1e-30))

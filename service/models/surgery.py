@@ -54,6 +54,12 @@ class Fusions:
             module.forward = forward
         self._forwards |= forwards
 
+    def remove(self) -> None:
+        """Let the modules compute for good what they did before surgery."""
+        for module in self._forwards:
+            del module.forward
+        self._forwards = {}
+
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The modules that were taken."""

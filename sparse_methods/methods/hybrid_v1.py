@@ -155,6 +155,10 @@ class Hybrid(SparseAttentionMethod):
         return Fallback(", ".join(targets), " ".join(reasons))
 
     @override
+    def splits_over_ranks(self) -> bool:
+        return all(half.splits_over_ranks() for half in self.halves.values())
+
+    @override
     def check_servable(self, block_size: int) -> None:
         for half in self.halves.values():
             half.check_servable(block_size)

@@ -17,10 +17,10 @@ import httpx
 from fastapi import FastAPI
 
 import service
-from service.engine.engine import EngineStatus
 from service.engine.events import EngineEvents, NoEvents
 from service.engine.generation import GenerationRequest
 from service.engine.sequence import Finish, FinishReason, Sequence, Timing, TokenLogprob, Update
+from service.engine.status import EngineStatus
 from service.engine.tokenizer import Tokenizer
 from service.errors import PromptTooLongError, ServiceError, UnavailableError
 from service.main import create_app

@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,57 @@ def test_a_chunk_reads_what_it_reads_in_the_whole_prompt(cls, ends):
     if expected is not None:
         padded = [functional.pad(s, (0, expected.shape[1] - s.shape[1])) for s in given]
         assert torch.allclose(torch.stack(padded).sum(0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kv_head_decides_as_it_does_among_others(cls):
+    """Unless the method says that it is not so, and is not served by ranks that share the heads."""
+    method, num_tokens = frugal(cls), 8 * BLOCK
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(num_tokens, 4, HEAD_DIM, generator=generator) * 3
+    keys = torch.randn(num_tokens, 2, HEAD_DIM, generator=generator) * 3
+    shares = [(query, keys), *((query[:, 2 * h : 2 * h + 2], keys[:, h : h + 1]) for h in (0, 1))]
+    scores = [method.score_pages(paged.prefill_view(*share)) for share in shares]
+    kv_lens = [3 * BLOCK + 5, num_tokens]
+    decided = [
+        (
+            method.select_prefill(paged.prefill_view(q, k)),
+            method.select_decode(
+                paged.decode_view(
+                    q[torch.tensor(kv_lens) - 1],
+                    k,
+                    kv_lens,
+                    page_scores=None if score is None else score.expand(2, -1, -1),
+                )
+            ),
+        )
+        for (q, k), score in zip(shares, scores, strict=True)
+    ]
+    is_alike = all(
+        read_by_head(together) == read_by_head(first) + read_by_head(second)
+        for together, first, second in zip(*decided, strict=True)
+    )
+    whole, *parts = [score for score in scores if score is not None] or [torch.zeros(0)]
+    if parts:
+        is_alike &= torch.allclose(whole, torch.cat(parts), rtol=1e-4, atol=1e-5)
+    assert is_alike or not method.splits_over_ranks()
+
+
+def read_by_head(selection: BlockSelection | PageSelection | None) -> list[Any]:
+    """Per KV head, what each row reads; empty if the method reads everything."""
+    if selection is None:
+        return []
+    indices, counts = selection.indices.tolist(), selection.counts.tolist()
+    rows, heads = range(len(indices)), range(len(indices[0]))
+    return [[indices[row][head][: counts[row][head]] for row in rows] for head in heads]
+
+
+def test_a_method_is_the_same_in_another_process(cls):
+    method = cls()
+    hash(method)  # of strings, which hash differently there
+    assert "_hash" not in method.__getstate__()
+    copy = pickle.loads(pickle.dumps(method))  # noqa: S301 - it is our own
+    assert copy == method
+    assert hash(copy) == hash(method)
 
 
 @pytest.mark.parametrize("phase", list(Phase))
