@@ -40,13 +40,15 @@ def test_the_curl_commands_work_and_print_what_the_readme_shows(server):
         for code in SHELL
         if code.startswith("curl")
     ]
-    assert len(answers) == 4
+    assert len(answers) == 5
     [shown] = [json.loads(code) for language, code in BLOCKS if language == "json"]
     assert is_part(shown, answers[0])
     assert answers[1]["sparsity"]["params"]["window_blocks"] == 2
     assert answers[1]["usage"]["completion_tokens"] == 8
     assert answers[2]["sparsity"]["params"]["target_sparsity"] is not None
     assert answers[3]["method"] == "hybrid"
+    assert answers[4]["choices"][0]["message"]["role"] == "assistant"
+    assert answers[4]["sparsity"]["method"] == "streaming"
 
 
 def test_the_terminal_command_prints_text_and_a_sparsity_table():
