@@ -14,6 +14,7 @@ import torch
 
 from service.engine.events import FaultKind
 from service.engine.grouping import overrides
+from service.engine.prompt_logprobs import num_prompt_rows
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.errors import GenerationError, ServiceError, TokenizerError, UnavailableError
@@ -61,11 +62,14 @@ class Triage:
     def __init__(self) -> None:
         self._repeatable: list[Chunk] = []
         self._unrepeatable: list[Chunk] = []
+        self._interrupted: list[Chunk] = []
+        self._has_begun = False  # to work for somebody
         self._spared_run = -2  # the last one after which nobody failed
 
     def begin_step(self) -> None:
         """Forget the step before."""
-        self._repeatable, self._unrepeatable = [], []
+        self._repeatable, self._unrepeatable, self._interrupted = [], [], []
+        self._has_begun = False
 
     @contextmanager
     def repeatable(self, chunks: list[Chunk]) -> Iterator[None]:
@@ -73,6 +77,7 @@ class Triage:
         try:
             yield
         except BaseException:
+            self._has_begun = True
             self._repeatable += chunks
             raise
 
@@ -82,7 +87,24 @@ class Triage:
         try:
             yield
         except BaseException:
+            self._has_begun = True
             self._unrepeatable += chunks
+            raise
+
+    @contextmanager
+    def choosing(self, chunks: list[Chunk]) -> Iterator[None]:
+        """Choosing tokens for the chunks of a step that ran.
+
+        Random streams may have moved on, so that a token cannot be chosen a second time. Of those
+        who get none, the reports on prompts are lost with the step; they can be computed again.
+        """
+        completing = [chunk for chunk in chunks if chunk.completes]
+        reported = [chunk for chunk in chunks if num_prompt_rows(chunk) and not chunk.completes]
+        try:
+            with self.unrepeatable(completing):
+                yield
+        except BaseException:
+            self._interrupted += reported
             raise
 
     def judge(self, cause: BaseException, live: Collection[Sequence], num_run: int) -> Verdict:
@@ -93,7 +115,7 @@ class Triage:
             live: Sequences that have not ended.
             num_run: Number of the last run that was begun.
         """
-        if not self._repeatable and not self._unrepeatable:  # before anybody was chosen to run
+        if not self._has_begun:  # before anybody was chosen to run
             return Verdict(*diagnose(cause), failed=list(live), restarted=[])
         kind, error = diagnose(cause)
         lost = [chunk.sequence for chunk in self._unrepeatable if chunk.sequence in live]
@@ -110,6 +132,7 @@ class Triage:
             for chunk in chunks
             if chunk.sequence not in failed and _leaves_traces(chunk.sequence.method)
         ]
+        restarted += [chunk.sequence for chunk in self._interrupted if chunk.sequence in live]
         return Verdict(kind, error, lost + failed, restarted)
 
     def _failed_for_nobody(

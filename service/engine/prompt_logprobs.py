@@ -4,6 +4,7 @@ The row of a prompt's token tells of the token after it. A step keeps the logits
 those it samples from, for the sequences whose clients asked.
 """
 
+import traceback
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -52,15 +53,37 @@ class PromptReport:
             known.append(TokenLogprob(token_id, logprob, tuple(zip(*top, strict=True))))
 
 
-def prompt_reports(logits: torch.Tensor, chunks: Items[Chunk]) -> list[PromptReport]:
+@dataclass(frozen=True)
+class FailedReport:
+    """A part of a prompt that could not be reported; the step goes on for everybody else."""
+
+    sequence: Sequence
+    cause: Exception
+
+    def extend(self, known: list[TokenLogprob]) -> None:  # noqa: ARG002 - as ``PromptReport``
+        """Raise what went wrong."""
+        raise self.cause
+
+
+def prompt_reports(logits: torch.Tensor, chunks: Items[Chunk]) -> list[PromptReport | FailedReport]:
     """Report the rows [P, V] that ``num_prompt_rows`` counts, chunk after chunk."""
-    reports, first = [], 0
+    reports: list[PromptReport | FailedReport] = []
+    first = 0
     for chunk in chunks:
         num_rows = num_prompt_rows(chunk)
         if num_rows:
-            reports.append(_report(logits[first : first + num_rows], chunk))
+            reports.append(_try_report(logits[first : first + num_rows], chunk))
             first += num_rows
     return reports
+
+
+def _try_report(logits: torch.Tensor, chunk: Chunk) -> PromptReport | FailedReport:
+    # The step has counted what it read, so it must not be computed again for the sake of one.
+    try:
+        return _report(logits, chunk)
+    except Exception as error:  # noqa: BLE001 - its request is told when the step is collected
+        traceback.clear_frames(error.__traceback__)  # which hold tensors, and memory may be short
+        return FailedReport(chunk.sequence, error)
 
 
 def _report(logits: torch.Tensor, chunk: Chunk) -> PromptReport:
