@@ -58,7 +58,9 @@ def chosen(*args):
 
 def layer(num_kv_heads=HEADS):
     keys = torch.zeros(5, PAGE, num_kv_heads, 8)
-    geometry = LayerGeometry(max(HEADS, num_kv_heads), num_kv_heads, head_dim=8, value_dim=8, scale=1.0)
+    geometry = LayerGeometry(
+        max(HEADS, num_kv_heads), num_kv_heads, head_dim=8, value_dim=8, scale=1.0
+    )
     summaries = paged.summarise(keys, torch.arange(5), keys.flatten(0, 1))
     return Layer(0, 1, geometry, keys, summaries, None)
 
