@@ -60,8 +60,7 @@ class EngineCore:
         if runs_ahead:
             runner.keep_statistics()
         self._launched: Launched | None = None
-        self._num_collected_runs = 0
-        self._collected_at = 0.0
+        self._num_collected_runs, self._collected_at = 0, 0.0
         self._triage = Triage()
         self._updates: dict[Sequence, Update] = {}
         self._deadlines = Deadlines()
@@ -159,6 +158,7 @@ class EngineCore:
         Returns what was already added, too: some sequences may have ended.
         """
         verdict = self._triage.judge(cause, self._live, self._runner.num_runs)
+        verdict = verdict.spread_to(self._scheduler.distrust_written(verdict.lost))
         self._events.engine_error(verdict.kind)
         for sequence in verdict.failed:
             added = self._updates.get(sequence, Update())
@@ -181,10 +181,10 @@ class EngineCore:
     def fail_all(self, error: ServiceError, reason: str) -> dict[Sequence, Update]:
         """Fail every sequence, as the engine ends."""
         self._launched = None
-        sequences = list(self._live)
-        for _ in sequences:
+        updates = {sequence: self._fail(sequence, error) for sequence in list(self._live)}
+        for _ in updates:
             self._events.aborted(reason)
-        return {sequence: self._fail(sequence, error) for sequence in sequences}
+        return updates
 
     def _launch(self, *, may_preempt: bool) -> Launched | None:
         """Ask the next step of the device; None if there is nothing to run, or not yet."""
@@ -290,7 +290,7 @@ class EngineCore:
         return self._runner.statistics(sequence, self._num_collected_runs)
 
     def _fail(self, sequence: Sequence, error: ServiceError) -> Update:
-        self._scheduler.distrust([sequence])
+        self._scheduler.distrust(sequence)
         self._finish(sequence, FinishReason.ERROR, None)
         return Update(error=error)
 

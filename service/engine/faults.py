@@ -8,7 +8,7 @@ concerned computes the same tokens again in the next step.
 import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -33,12 +33,25 @@ class Verdict:
         error: What the failed ones are told.
         failed: Who cannot go on.
         restarted: Who goes on from the beginning, because the step left traces of them.
+        lost: What the step was to write, of sequences that have ended, too.
     """
 
     kind: FaultKind
     error: ServiceError
     failed: list[Sequence]
     restarted: list[Sequence]
+    lost: list[Chunk] = field(default_factory=list)
+
+    def spread_to(self, sharing: list[Sequence]) -> "Verdict":
+        """The same, if these have already taken over pages that the step was to write.
+
+        They start over, unless a token is pending that was chosen from such pages: random streams
+        have moved on, so that it cannot be chosen a second time.
+        """
+        others = [sequence for sequence in sharing if sequence not in self.failed]
+        failed = [sequence for sequence in others if sequence.num_pending_tokens > 0]
+        restarted = [s for s in others if s not in failed and s not in self.restarted]
+        return replace(self, failed=self.failed + failed, restarted=self.restarted + restarted)
 
 
 def diagnose(cause: BaseException) -> tuple[FaultKind, ServiceError]:
@@ -133,7 +146,7 @@ class Triage:
             if chunk.sequence not in failed and _leaves_traces(chunk.sequence.method)
         ]
         restarted += [chunk.sequence for chunk in self._interrupted if chunk.sequence in live]
-        return Verdict(kind, error, lost + failed, restarted)
+        return Verdict(kind, error, lost + failed, restarted, self._unrepeatable)
 
     def _failed_for_nobody(
         self, chunks: list[Chunk], kind: FaultKind, num_run: int

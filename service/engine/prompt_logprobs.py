@@ -18,9 +18,12 @@ _NUM_ROWS_AT_ONCE = 256  # of a vocabulary in float32
 
 
 def num_prompt_rows(chunk: Chunk) -> int:
-    """Leading rows of a chunk whose logits are reported; the prompt's last one is sampled from."""
+    """Leading rows of a chunk whose logits are reported; the prompt's last one is sampled from.
+
+    None once there is a token: the report came with it, and the prompt is computed again.
+    """
     sequence = chunk.sequence
-    if sequence.sampling.prompt_logprobs is None:
+    if sequence.sampling.prompt_logprobs is None or sequence.output_ids:
         return 0
     return max(0, min(chunk.stop, sequence.num_prompt_tokens - 1) - chunk.start)
 

@@ -138,10 +138,23 @@ class Scheduler:
             if chunk.start < chunk.sequence.num_prompt_tokens:
                 self._pages.publish(chunk.sequence, chunk.start, chunk.stop)
 
-    def distrust(self, sequences: Iterable[Sequence]) -> None:
-        """Reuse nothing of the pages of sequences that failed."""
-        for sequence in sequences:
+    def distrust(self, sequence: Sequence) -> None:
+        """Reuse nothing of the pages of a sequence that failed."""
+        self._pages.retract(sequence)
+
+    def distrust_written(self, chunks: Iterable[Chunk]) -> list[Sequence]:
+        """Reuse nothing that was to be written by a step that failed after its launch.
+
+        Returns:
+            Whoever has taken over some of it already; nothing of theirs is reused either.
+        """
+        pages: set[int] = set()
+        for chunk in chunks:
+            pages |= self._pages.retract_written(chunk.sequence, chunk.start, chunk.stop)
+        sharing = [s for s in self.running if pages.intersection(self._pages.taken_over(s))]
+        for sequence in sharing:
             self._pages.retract(sequence)
+        return sharing
 
     def restart(self, sequence: Sequence) -> None:
         """Send a sequence, if it runs, back to the head of the queue, to be computed anew."""

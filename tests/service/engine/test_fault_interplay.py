@@ -10,6 +10,7 @@ from service.engine.events import FaultKind
 from service.engine.sequence import Sequence, Update
 from service.errors import ServiceError, UnavailableError
 from tests.service.engine.test_core import engine_of
+from tests.service.engine.test_every_method import BLOCK
 from tests.service.engine.test_prefix_reuse import sequence_of, tokens_of
 
 
@@ -123,3 +124,62 @@ def test_a_sampler_that_fails_with_nothing_to_choose_fails_nobody(engine, monkey
     [given] = play(engine, sequence_of(prompt))
     assert failed
     assert_same(given, expected)
+
+
+@pytest.fixture
+def ahead(tiny_model_dir):
+    return engine_of(tiny_model_dir, num_pages=100, run_ahead=True)
+
+
+def break_what_is_launched(engine, monkeypatch):
+    """Let the step that is under way fail when it is collected, after the next one's launch."""
+    launched = engine.core._launched
+    assert launched is not None
+
+    def fail():
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(launched.sampled, "result", fail)
+
+
+@pytest.mark.parametrize("length", [6 * BLOCK + 9, 25 * BLOCK])  # whose next step completes it
+def test_whoever_took_over_pages_of_a_step_that_fails_is_not_served_from_them(
+    ahead, monkeypatch, length
+):
+    stem = tokens_of(7, 6 * BLOCK)
+    follower = stem + tokens_of(8, length - len(stem))
+    expected = alone(ahead, follower)
+    core, first, second = ahead.core, sequence_of(stem + tokens_of(9, 5)), sequence_of(follower)
+    core.add(first)
+    core.step()
+    core.add(second)
+    break_what_is_launched(ahead, monkeypatch)
+    got = step(core).get(second, Update())  # launches what reads those pages
+    while core.has_work:
+        updates = step(core)
+        got = got + updates[second] if second in updates else got
+    if length < 10 * BLOCK:
+        assert isinstance(got.error, ServiceError), "its token was chosen from those pages"
+    else:
+        assert_same(got, expected)
+        assert second.num_cached_tokens == 0
+    third = sequence_of(follower)
+    play(ahead, third)
+    assert third.num_cached_tokens == (0 if length < 10 * BLOCK else 24 * BLOCK)
+
+
+def test_what_a_step_that_fails_was_to_write_is_not_found_if_its_sequence_has_left(
+    ahead, monkeypatch
+):
+    core, prompt = ahead.core, tokens_of(10, 6 * BLOCK)
+    left = sequence_of(prompt)
+    core.add(left)
+    core.step()
+    break_what_is_launched(ahead, monkeypatch)
+    core.abort(left, "client")
+    assert step(core) == {}
+    following = sequence_of(prompt)
+    play(ahead, following)
+    assert following.num_cached_tokens == 0
+    play(ahead, again := sequence_of(prompt))
+    assert again.num_cached_tokens == 5 * BLOCK

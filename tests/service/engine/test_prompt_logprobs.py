@@ -56,5 +56,7 @@ def test_rows_are_those_before_a_prompt_token():
     assert num_prompt_rows(Chunk(sequence, 0, 16)) == 16
     assert num_prompt_rows(Chunk(sequence, 16, 24)) == 23
     assert num_prompt_rows(Chunk(sequence, 40, 1)) == 0
+    sequence.output_ids = [7]  # it gave way after its first token, with which the report came
+    assert num_prompt_rows(Chunk(sequence, 0, 16)) == 0
     silent = Request(prompt_of(40), "dense@v1", SamplingParams()).sequence(0)
     assert num_prompt_rows(Chunk(silent, 0, 16)) == 0
