@@ -48,8 +48,14 @@ class PromptReport:
     best: torch.Tensor
 
     def extend(self, known: list[TokenLogprob]) -> None:
-        """Add to the tokens known so far; a prompt that is computed again changes nothing."""
+        """Add to the tokens known so far; a prompt that is computed again changes nothing.
+
+        Raises:
+            ValueError: A part before this one is missing.
+        """
         first = len(known) - self.start
+        if first < 0:
+            raise ValueError(f"a prompt is reported from {self.start} on, but known to {len(known)}")
         own = self.own[first:].tolist()
         tops = zip(self.best_ids[first:].tolist(), self.best[first:].tolist(), strict=True)
         for token_id, logprob, top in zip(self.token_ids[first:], own, tops, strict=True):
