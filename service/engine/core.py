@@ -202,9 +202,9 @@ class EngineCore:
                 if chunk.sequence.first_scheduled_at is None:
                     chunk.sequence.first_scheduled_at = launched_at
             logits, completed = self._runner.run(chunks)
-        prompts = self._sampler.report_prompts(logits[len(completed) :], chunks)
         self._scheduler.advance(chunks)
         with self._triage.choosing(chunks):
+            prompts = self._sampler.report_prompts(logits[len(completed) :], chunks)
             sampled = self._sampler.sample(logits[: len(completed)], completed)
             self._runner.keep_tokens(completed, sampled.token_ids)
             for sequence in completed:

@@ -55,7 +55,9 @@ class PromptReport:
         """
         first = len(known) - self.start
         if first < 0:
-            raise ValueError(f"a prompt is reported from {self.start} on, but known to {len(known)}")
+            raise ValueError(
+                f"a prompt is reported from {self.start} on, but known to {len(known)}"
+            )
         own = self.own[first:].tolist()
         tops = zip(self.best_ids[first:].tolist(), self.best[first:].tolist(), strict=True)
         for token_id, logprob, top in zip(self.token_ids[first:], own, tops, strict=True):

@@ -183,3 +183,22 @@ def test_what_a_step_that_fails_was_to_write_is_not_found_if_its_sequence_has_le
     assert following.num_cached_tokens == 0
     play(ahead, again := sequence_of(prompt))
     assert again.num_cached_tokens == 5 * BLOCK
+
+
+def test_reports_that_all_fail_concern_nobody_who_did_not_ask(engine, monkeypatch):
+    core = engine.core
+    waiting, asking = sequence_of(tokens_of(11, 30)), sequence_of([5] * 20, prompt_logprobs=1)
+    waiting.arrived_at += 1
+    expected = alone(engine, tokens_of(11, 30))
+    fail_once(monkeypatch, core._sampler, "report_prompts", RuntimeError("out of luck"))
+    core.add(asking)
+    assert step(core).get(asking, Update()).error is not None
+    [given] = play(engine, waiting)
+    assert_same(given, expected)
+    monkeypatch.undo()
+    prompt = tokens_of(12, 300)  # a step that chooses nothing
+    expected = alone(engine, prompt, prompt_logprobs=1)
+    fail_once(monkeypatch, core._sampler, "report_prompts", RuntimeError("out of luck"))
+    given, other = play(engine, sequence_of(prompt, prompt_logprobs=1), sequence_of([9] * 400))
+    assert_same(given, expected)
+    assert other.error is None
