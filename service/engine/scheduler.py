@@ -190,7 +190,12 @@ class Scheduler:
         for sequence in sequences:
             self._pages.reuse(sequence)
         computing = [s for s in sequences if s.num_own_tokens > 0]  # few, as one gets done first
-        ready = [s for s in sequences if not self.prompts.is_computed_by(computing, s)]
+        ready = []
+        for sequence in sequences:
+            if self.prompts.is_computed_by(computing, sequence):
+                sequence.queue_deadline = math.inf  # its turn has come: another computes for it
+            else:
+                ready.append(sequence)
         if not ready:
             return
         oldest = min(ready, key=_rank)
