@@ -190,12 +190,7 @@ class Scheduler:
         for sequence in sequences:
             self._pages.reuse(sequence)
         computing = [s for s in sequences if s.num_own_tokens > 0]  # few, as one gets done first
-        ready = []
-        for sequence in sequences:
-            if self.prompts.is_computed_by(computing, sequence):
-                sequence.queue_deadline = math.inf  # its turn has come: another computes for it
-            else:
-                ready.append(sequence)
+        ready = [s for s in sequences if not self._is_served_by(computing, s)]
         if not ready:
             return
         oldest = min(ready, key=_rank)
@@ -204,10 +199,17 @@ class Scheduler:
         for sequence in ready:
             if sequence is oldest:
                 kept = 0
-            elif step.budget <= kept or self.prompts.is_computed_by(computing, sequence):
+            elif step.budget <= kept or self._is_served_by(computing, sequence):
                 continue
             if self._continue(sequence, step, step.budget - kept):
                 computing.append(sequence)
+
+    def _is_served_by(self, computing: list[Sequence], sequence: Sequence) -> bool:
+        """Whether somebody computes the next page of a sequence, whose turn has come with that."""
+        is_served = self.prompts.is_computed_by(computing, sequence)
+        if is_served:
+            sequence.queue_deadline = math.inf
+        return is_served
 
     def _continue(self, sequence: Sequence, step: "_Step", budget: int) -> bool:
         """Add the next chunk of a sequence, if there is one, of ``budget`` tokens at most."""

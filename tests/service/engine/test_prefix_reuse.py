@@ -215,9 +215,13 @@ def test_whoever_waits_for_a_page_of_another_counts_as_waiting_and_has_read_noth
         core.step()
 
 
-def test_whoever_waits_for_a_page_of_another_does_not_wait_for_its_turn(engine, monkeypatch):
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_whoever_waits_for_a_page_of_another_does_not_wait_for_its_turn(
+    tiny_model_dir, run_ahead, monkeypatch
+):
     """Or a second choice would be refused wherever a prompt takes longer than the queue may."""
-    core, prompt = engine.core, tokens_of(18, 25 * BLOCK)
+    core = engine_of(tiny_model_dir, num_pages=60, run_ahead=run_ahead).core
+    prompt = tokens_of(18, 25 * BLOCK)
     sequences = [sequence_of(prompt), sequence_of(prompt)]
     for one in sequences:
         one.queue_deadline = one.arrived_at + 1000
