@@ -14,6 +14,7 @@ from service.engine.events import EngineEvents, FaultKind
 from service.engine.faults import Triage, diagnose, release_frames
 from service.engine.launched import Launched, Progress
 from service.engine.model_runner import ModelRunner
+from service.engine.prompt_logprobs import FailedReport, PromptReport
 from service.engine.sampled import SampleResult, no_token_error
 from service.engine.sampler import Sampler
 from service.engine.scheduler import OutOfPagesError, Scheduler
@@ -59,8 +60,7 @@ class EngineCore:
         if runs_ahead:
             runner.keep_statistics()
         self._launched: Launched | None = None
-        self._num_collected_runs = 0
-        self._collected_at = 0.0
+        self._num_collected_runs, self._collected_at = 0, 0.0
         self._triage = Triage()
         self._updates: dict[Sequence, Update] = {}
         self._deadlines = Deadlines()
@@ -158,6 +158,7 @@ class EngineCore:
         Returns what was already added, too: some sequences may have ended.
         """
         verdict = self._triage.judge(cause, self._live, self._runner.num_runs)
+        verdict = verdict.spread_to(self._scheduler.distrust_written(verdict.lost))
         self._events.engine_error(verdict.kind)
         for sequence in verdict.failed:
             added = self._updates.get(sequence, Update())
@@ -180,10 +181,10 @@ class EngineCore:
     def fail_all(self, error: ServiceError, reason: str) -> dict[Sequence, Update]:
         """Fail every sequence, as the engine ends."""
         self._launched = None
-        sequences = list(self._live)
-        for _ in sequences:
+        updates = {sequence: self._fail(sequence, error) for sequence in list(self._live)}
+        for _ in updates:
             self._events.aborted(reason)
-        return {sequence: self._fail(sequence, error) for sequence in sequences}
+        return updates
 
     def _launch(self, *, may_preempt: bool) -> Launched | None:
         """Ask the next step of the device; None if there is nothing to run, or not yet."""
@@ -201,10 +202,9 @@ class EngineCore:
                 if chunk.sequence.first_scheduled_at is None:
                     chunk.sequence.first_scheduled_at = launched_at
             logits, completed = self._runner.run(chunks)
-            prompts = self._sampler.report_prompts(logits[len(completed) :], chunks)
         self._scheduler.advance(chunks)
-        # Random streams may have moved on, so that a token cannot be chosen a second time.
-        with self._triage.unrepeatable([chunk for chunk in chunks if chunk.completes]):
+        with self._triage.choosing(chunks):
+            prompts = self._sampler.report_prompts(logits[len(completed) :], chunks)
             sampled = self._sampler.sample(logits[: len(completed)], completed)
             self._runner.keep_tokens(completed, sampled.token_ids)
             for sequence in completed:
@@ -217,8 +217,7 @@ class EngineCore:
             result = step.sampled.result()
             self._num_collected_runs = step.num_runs
             for report in step.prompts:
-                if report.sequence in self._live:
-                    report.extend(self._live[report.sequence].prompt_logprobs)
+                self._note(report)
             for sequence in step.completed:
                 sequence.num_pending_tokens -= 1
             for index, sequence in enumerate(step.completed):
@@ -230,6 +229,15 @@ class EngineCore:
             if step.phase != "decode":
                 self._scheduler.prompts.note_pace(step.num_tokens, seconds)
             self._events.step(step.phase, seconds, step.num_tokens)
+
+    def _note(self, report: PromptReport | FailedReport) -> None:
+        """Keep a report on a prompt until its first token; without it, its sequence fails."""
+        sequence = report.sequence
+        if sequence in self._live:
+            try:
+                report.extend(self._live[sequence].prompt_logprobs)
+            except Exception as error:  # noqa: BLE001 - the others' tokens are dealt out, too
+                self._updates[sequence] = self.fail(sequence, error)
 
     def _take(self, sequence: Sequence, result: SampleResult, index: int) -> Update:
         """Deal out the token of one row; what fails here concerns its sequence only."""
@@ -282,7 +290,7 @@ class EngineCore:
         return self._runner.statistics(sequence, self._num_collected_runs)
 
     def _fail(self, sequence: Sequence, error: ServiceError) -> Update:
-        self._scheduler.distrust([sequence])
+        self._scheduler.distrust(sequence)
         self._finish(sequence, FinishReason.ERROR, None)
         return Update(error=error)
 

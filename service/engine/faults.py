@@ -8,12 +8,13 @@ concerned computes the same tokens again in the next step.
 import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from service.engine.events import FaultKind
 from service.engine.grouping import overrides
+from service.engine.prompt_logprobs import num_prompt_rows
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.errors import GenerationError, ServiceError, TokenizerError, UnavailableError
@@ -32,12 +33,25 @@ class Verdict:
         error: What the failed ones are told.
         failed: Who cannot go on.
         restarted: Who goes on from the beginning, because the step left traces of them.
+        lost: What the step was to write, of sequences that have ended, too.
     """
 
     kind: FaultKind
     error: ServiceError
     failed: list[Sequence]
     restarted: list[Sequence]
+    lost: list[Chunk] = field(default_factory=list)
+
+    def spread_to(self, sharing: list[Sequence]) -> "Verdict":
+        """The same, if these have already taken over pages that the step was to write.
+
+        They start over, unless a token is pending that was chosen from such pages: random streams
+        have moved on, so that it cannot be chosen a second time.
+        """
+        others = [sequence for sequence in sharing if sequence not in self.failed]
+        failed = [sequence for sequence in others if sequence.num_pending_tokens > 0]
+        restarted = [s for s in others if s not in failed and s not in self.restarted]
+        return replace(self, failed=self.failed + failed, restarted=self.restarted + restarted)
 
 
 def diagnose(cause: BaseException) -> tuple[FaultKind, ServiceError]:
@@ -61,11 +75,14 @@ class Triage:
     def __init__(self) -> None:
         self._repeatable: list[Chunk] = []
         self._unrepeatable: list[Chunk] = []
+        self._interrupted: list[Chunk] = []
+        self._has_begun = False  # to work for somebody
         self._spared_run = -2  # the last one after which nobody failed
 
     def begin_step(self) -> None:
         """Forget the step before."""
-        self._repeatable, self._unrepeatable = [], []
+        self._repeatable, self._unrepeatable, self._interrupted = [], [], []
+        self._has_begun = False
 
     @contextmanager
     def repeatable(self, chunks: list[Chunk]) -> Iterator[None]:
@@ -73,6 +90,7 @@ class Triage:
         try:
             yield
         except BaseException:
+            self._has_begun = True
             self._repeatable += chunks
             raise
 
@@ -82,7 +100,24 @@ class Triage:
         try:
             yield
         except BaseException:
+            self._has_begun = True
             self._unrepeatable += chunks
+            raise
+
+    @contextmanager
+    def choosing(self, chunks: list[Chunk]) -> Iterator[None]:
+        """Choosing tokens for the chunks of a step that ran.
+
+        Random streams may have moved on, so that a token cannot be chosen a second time. Of those
+        who get none, the reports on prompts are lost with the step; they can be computed again.
+        """
+        completing = [chunk for chunk in chunks if chunk.completes]
+        reported = [chunk for chunk in chunks if num_prompt_rows(chunk) and not chunk.completes]
+        try:
+            with self.unrepeatable(completing):
+                yield
+        except BaseException:
+            self._interrupted += reported
             raise
 
     def judge(self, cause: BaseException, live: Collection[Sequence], num_run: int) -> Verdict:
@@ -93,7 +128,7 @@ class Triage:
             live: Sequences that have not ended.
             num_run: Number of the last run that was begun.
         """
-        if not self._repeatable and not self._unrepeatable:  # before anybody was chosen to run
+        if not self._has_begun:  # before anybody was chosen to run
             return Verdict(*diagnose(cause), failed=list(live), restarted=[])
         kind, error = diagnose(cause)
         lost = [chunk.sequence for chunk in self._unrepeatable if chunk.sequence in live]
@@ -110,7 +145,8 @@ class Triage:
             for chunk in chunks
             if chunk.sequence not in failed and _leaves_traces(chunk.sequence.method)
         ]
-        return Verdict(kind, error, lost + failed, restarted)
+        restarted += [chunk.sequence for chunk in self._interrupted if chunk.sequence in live]
+        return Verdict(kind, error, lost + failed, restarted, self._unrepeatable)
 
     def _failed_for_nobody(
         self, chunks: list[Chunk], kind: FaultKind, num_run: int

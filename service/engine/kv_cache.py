@@ -114,6 +114,10 @@ class PageAllocator:
         sequence.num_cached_tokens = len(sequence.pages) * self.page_size
         sequence.num_computed_tokens = sequence.num_cached_tokens
 
+    def taken_over(self, sequence: Sequence) -> list[int]:
+        """Pages of a sequence that others computed, or compute."""
+        return sequence.pages[: self._num_cached(sequence)]
+
     def num_shared(self, sequence: Sequence) -> int:
         """Pages that ``reuse`` would find in the hands of others, so that they cost no free one."""
         return sum(self._num_owners[page] > 0 for page in self._find(sequence))
@@ -136,6 +140,21 @@ class PageAllocator:
         """Let nobody find the pages of a sequence that failed; who shares them keeps them."""
         for page in sequence.pages:
             self._forget(page)
+
+    def retract_written(self, sequence: Sequence, start: int, stop: int) -> set[int]:
+        """Let nobody find what ``publish`` was given, whoever owns it by now; these pages."""
+        prefix = sequence.prefix
+        if prefix is None:
+            return set()
+        indices = range(start // self.page_size, min(stop // self.page_size, prefix.num_pages))
+        found = {self._found.get(prefix.key(index)) for index in indices}
+        pages = {page for page in found if page is not None}
+        for page in pages:
+            self._forget(page)
+            if page in self._idle:
+                del self._idle[page]
+                self._blank[page] = None
+        return pages
 
     def release(self, sequence: Sequence) -> None:
         """Take back every page of ``sequence``; what nobody else owns is free."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from service.engine.prompt_logprobs import PromptReport
+from service.engine.prompt_logprobs import FailedReport, PromptReport
 from service.engine.sampled import Sampled
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence, TokenLogprob
@@ -29,7 +29,7 @@ class Launched:
 
     chunks: list[Chunk]
     completed: list[Sequence]
-    prompts: list[PromptReport]
+    prompts: list[PromptReport | FailedReport]
     sampled: Sampled
     num_runs: int
     launched_at: float

@@ -4,6 +4,7 @@ The row of a prompt's token tells of the token after it. A step keeps the logits
 those it samples from, for the sequences whose clients asked.
 """
 
+import traceback
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -17,9 +18,12 @@ _NUM_ROWS_AT_ONCE = 256  # of a vocabulary in float32
 
 
 def num_prompt_rows(chunk: Chunk) -> int:
-    """Leading rows of a chunk whose logits are reported; the prompt's last one is sampled from."""
+    """Leading rows of a chunk whose logits are reported; the prompt's last one is sampled from.
+
+    None once there is a token: the report came with it, and the prompt is computed again.
+    """
     sequence = chunk.sequence
-    if sequence.sampling.prompt_logprobs is None:
+    if sequence.sampling.prompt_logprobs is None or sequence.output_ids:
         return 0
     return max(0, min(chunk.stop, sequence.num_prompt_tokens - 1) - chunk.start)
 
@@ -44,23 +48,53 @@ class PromptReport:
     best: torch.Tensor
 
     def extend(self, known: list[TokenLogprob]) -> None:
-        """Add to the tokens known so far; a prompt that is computed again changes nothing."""
+        """Add to the tokens known so far; a prompt that is computed again changes nothing.
+
+        Raises:
+            ValueError: A part before this one is missing.
+        """
         first = len(known) - self.start
+        if first < 0:
+            raise ValueError(
+                f"a prompt is reported from {self.start} on, but known to {len(known)}"
+            )
         own = self.own[first:].tolist()
         tops = zip(self.best_ids[first:].tolist(), self.best[first:].tolist(), strict=True)
         for token_id, logprob, top in zip(self.token_ids[first:], own, tops, strict=True):
             known.append(TokenLogprob(token_id, logprob, tuple(zip(*top, strict=True))))
 
 
-def prompt_reports(logits: torch.Tensor, chunks: Items[Chunk]) -> list[PromptReport]:
+@dataclass(frozen=True)
+class FailedReport:
+    """A part of a prompt that could not be reported; the step goes on for everybody else."""
+
+    sequence: Sequence
+    cause: Exception
+
+    def extend(self, known: list[TokenLogprob]) -> None:  # noqa: ARG002 - as ``PromptReport``
+        """Raise what went wrong."""
+        raise self.cause
+
+
+def prompt_reports(logits: torch.Tensor, chunks: Items[Chunk]) -> list[PromptReport | FailedReport]:
     """Report the rows [P, V] that ``num_prompt_rows`` counts, chunk after chunk."""
-    reports, first = [], 0
+    reports: list[PromptReport | FailedReport] = []
+    first = 0
     for chunk in chunks:
         num_rows = num_prompt_rows(chunk)
         if num_rows:
-            reports.append(_report(logits[first : first + num_rows], chunk))
+            reports.append(_try_report(logits[first : first + num_rows], chunk))
             first += num_rows
     return reports
+
+
+def _try_report(logits: torch.Tensor, chunk: Chunk) -> PromptReport | FailedReport:
+    # The step has counted what it read, so it must not be computed again for the sake of one.
+    try:
+        return _report(logits, chunk)
+    except Exception as error:  # noqa: BLE001 - its request is told when the step is collected
+        traceback.clear_frames(error.__traceback__)  # which hold tensors, and memory may be short
+        return FailedReport(chunk.sequence, error)
 
 
 def _report(logits: torch.Tensor, chunk: Chunk) -> PromptReport:

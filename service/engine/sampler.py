@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from service.engine.prompt_logprobs import PromptReport, prompt_reports
+from service.engine.prompt_logprobs import FailedReport, PromptReport, prompt_reports
 from service.engine.sampled import NO_TOKEN, LogprobReport, Sampled
 from service.engine.scheduler import Chunk
 from service.engine.sequence import SamplingParams, Sequence
@@ -100,7 +100,9 @@ class Sampler:
             history.choose(token_ids[row : row + 1])
         return Sampled(token_ids, report)
 
-    def report_prompts(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[PromptReport]:
+    def report_prompts(
+        self, logits: torch.Tensor, chunks: list[Chunk]
+    ) -> list[PromptReport | FailedReport]:
         """Report the prompt rows [P, V] of a step; they arrive with what is sampled next."""
         return prompt_reports(logits[:, : self._vocab_size], chunks)
 

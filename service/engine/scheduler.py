@@ -138,10 +138,23 @@ class Scheduler:
             if chunk.start < chunk.sequence.num_prompt_tokens:
                 self._pages.publish(chunk.sequence, chunk.start, chunk.stop)
 
-    def distrust(self, sequences: Iterable[Sequence]) -> None:
-        """Reuse nothing of the pages of sequences that failed."""
-        for sequence in sequences:
+    def distrust(self, sequence: Sequence) -> None:
+        """Reuse nothing of the pages of a sequence that failed."""
+        self._pages.retract(sequence)
+
+    def distrust_written(self, chunks: Iterable[Chunk]) -> list[Sequence]:
+        """Reuse nothing that was to be written by a step that failed after its launch.
+
+        Returns:
+            Whoever has taken over some of it already; nothing of theirs is reused either.
+        """
+        pages: set[int] = set()
+        for chunk in chunks:
+            pages |= self._pages.retract_written(chunk.sequence, chunk.start, chunk.stop)
+        sharing = [s for s in self.running if pages.intersection(self._pages.taken_over(s))]
+        for sequence in sharing:
             self._pages.retract(sequence)
+        return sharing
 
     def restart(self, sequence: Sequence) -> None:
         """Send a sequence, if it runs, back to the head of the queue, to be computed anew."""
@@ -177,7 +190,7 @@ class Scheduler:
         for sequence in sequences:
             self._pages.reuse(sequence)
         computing = [s for s in sequences if s.num_own_tokens > 0]  # few, as one gets done first
-        ready = [s for s in sequences if not self.prompts.is_computed_by(computing, s)]
+        ready = [s for s in sequences if not self._is_served_by(computing, s)]
         if not ready:
             return
         oldest = min(ready, key=_rank)
@@ -186,10 +199,17 @@ class Scheduler:
         for sequence in ready:
             if sequence is oldest:
                 kept = 0
-            elif step.budget <= kept or self.prompts.is_computed_by(computing, sequence):
+            elif step.budget <= kept or self._is_served_by(computing, sequence):
                 continue
             if self._continue(sequence, step, step.budget - kept):
                 computing.append(sequence)
+
+    def _is_served_by(self, computing: list[Sequence], sequence: Sequence) -> bool:
+        """Whether somebody computes the next page of a sequence, whose turn has come with that."""
+        is_served = self.prompts.is_computed_by(computing, sequence)
+        if is_served:
+            sequence.queue_deadline = math.inf
+        return is_served
 
     def _continue(self, sequence: Sequence, step: "_Step", budget: int) -> bool:
         """Add the next chunk of a sequence, if there is one, of ``budget`` tokens at most."""

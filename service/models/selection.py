@@ -104,8 +104,9 @@ class Layer:
 
 
 Selection = BlockSelection | PageSelection
-# What methods that decide alike in every layer have decided in this step, by place of the group.
-Decided = dict[int, Selection | None]
+# What methods that decide alike in every layer have decided in this step, by place of the group
+# and by the number of KV heads, for which a decision has a list each.
+Decided = dict[tuple[int, int], Selection | None]
 
 
 def select(
@@ -123,9 +124,10 @@ def select(
     decided = {} if decided is None else decided
     answers: list[tuple[PrefillGroup | DecodeGroup, Selection]] = []
     for place, group in enumerate(groups):
-        selection = decided[place] if place in decided else _ask(layer, query, group)
+        key = (place, layer.geometry.num_kv_heads)
+        selection = decided[key] if key in decided else _ask(layer, query, group)
         if not group.method.selects_per_layer:
-            decided[place] = selection
+            decided[key] = selection
         if selection is not None:
             answers.append((group, selection))
     if not answers:

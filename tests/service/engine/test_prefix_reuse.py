@@ -1,6 +1,7 @@
 """Reusing the beginning of a prompt changes no token and no decision, whatever the method."""
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -212,6 +213,27 @@ def test_whoever_waits_for_a_page_of_another_counts_as_waiting_and_has_read_noth
     core.abort(first, "client")
     while core.has_work:
         core.step()
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_whoever_waits_for_a_page_of_another_does_not_wait_for_its_turn(
+    tiny_model_dir, run_ahead, monkeypatch
+):
+    """Or a second choice would be refused wherever a prompt takes longer than the queue may."""
+    core = engine_of(tiny_model_dir, num_pages=60, run_ahead=run_ahead).core
+    prompt = tokens_of(18, 25 * BLOCK)
+    sequences = [sequence_of(prompt), sequence_of(prompt)]
+    for one in sequences:
+        one.queue_deadline = one.arrived_at + 1000
+        core.add(one)
+    got, now = dict.fromkeys(sequences, Update()), time.monotonic
+    core.step()
+    core.step()
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 2000)
+    while core.has_work:
+        for one, update in core.step().items():
+            got[one] += update
+    assert [finish_of(update).num_cached_tokens for update in got.values()] == [0, 24 * BLOCK]
 
 
 def test_a_target_is_reused_among_prompts_of_one_length(tiny_model_dir):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from service.engine.prompt_logprobs import num_prompt_rows
+from service.engine.prompt_logprobs import num_prompt_rows, prompt_reports
 from service.engine.scheduler import Chunk
 from service.engine.sequence import SamplingParams
 from tests.service.engine.test_core import NUM_PAGES, Request, engine_of, play
@@ -56,5 +56,15 @@ def test_rows_are_those_before_a_prompt_token():
     assert num_prompt_rows(Chunk(sequence, 0, 16)) == 16
     assert num_prompt_rows(Chunk(sequence, 16, 24)) == 23
     assert num_prompt_rows(Chunk(sequence, 40, 1)) == 0
+    sequence.output_ids = [7]  # it gave way after its first token, with which the report came
+    assert num_prompt_rows(Chunk(sequence, 0, 16)) == 0
     silent = Request(prompt_of(40), "dense@v1", SamplingParams()).sequence(0)
     assert num_prompt_rows(Chunk(silent, 0, 16)) == 0
+
+
+def test_a_part_that_is_missing_is_noticed():
+    """Or the places of all tokens after it would be wrong."""
+    sequence = Request(prompt_of(40), "dense@v1", REPORTED).sequence(0)
+    [report] = prompt_reports(torch.zeros(16, 4096), [Chunk(sequence, 16, 16)])
+    with pytest.raises(ValueError, match="from 16 on"):
+        report.extend([])

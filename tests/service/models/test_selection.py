@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from service.models.selection import DecodeGroup, Layer, PrefillGroup, select
+from sparse_methods import get_sparse_method
 from sparse_methods.kernels.operation import LayerGeometry
 from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.views import BlockSelection, PageSelection
@@ -55,9 +56,11 @@ def chosen(*args):
     return lists
 
 
-def layer():
-    keys = torch.zeros(5, PAGE, HEADS, 8)
-    geometry = LayerGeometry(HEADS, HEADS, head_dim=8, value_dim=8, scale=1.0)
+def layer(num_kv_heads=HEADS):
+    keys = torch.zeros(5, PAGE, num_kv_heads, 8)
+    geometry = LayerGeometry(
+        max(HEADS, num_kv_heads), num_kv_heads, head_dim=8, value_dim=8, scale=1.0
+    )
     summaries = paged.summarise(keys, torch.arange(5), keys.flatten(0, 1))
     return Layer(0, 1, geometry, keys, summaries, None)
 
@@ -146,6 +149,20 @@ def test_a_method_that_decides_alike_in_every_layer_is_asked_once_per_step():
     assert listed(first) == listed(second)
     select(layer(), query, groups, 4, {})
     assert once.seen is not None
+
+
+@pytest.mark.parametrize("group", ["prompt", "rows"])
+def test_what_is_decided_alike_in_every_layer_has_a_list_for_each_kv_head_of_any(group):
+    """As in models whose global layers have fewer KV heads than the others."""
+    method = get_sparse_method("streaming")({"window_blocks": 1, "dense_below": 0})
+    groups = [prompt(method)] if group == "prompt" else [rows_of(method, range(5))]
+    decided, shapes = {}, []
+    for num_kv_heads in (4, 2, 4):
+        query = torch.zeros(LENGTH if group == "prompt" else 5, 4, 8)
+        lists = select(layer(num_kv_heads), query, groups, 5, decided)
+        assert lists is not None
+        shapes.append(lists.counts.shape)
+    assert shapes == [(5, 4), (5, 2), (5, 4)]
 
 
 def test_nobody_answering_reads_everything():
