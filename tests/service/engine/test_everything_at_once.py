@@ -109,7 +109,7 @@ class Faults:
 
     def strike(self) -> None:
         """Let what is under way fail when it is collected, now and then."""
-        launched = self._core._launched
+        launched: Any = self._core._launched
         if launched is not None and self._rng.random() < 0.01:
             launched.sampled.result = self._fail
 
@@ -160,7 +160,7 @@ def check(core: EngineCore) -> None:
     running, waiting = scheduler.running, scheduler.waiting
     assert set(core._live) == {*running, *waiting}
     assert scheduler._num_queued_tokens == sum(one.num_tokens for one in waiting)
-    slots = [one.slot for one in running]
+    slots = [one.slot for one in running if one.slot is not None]
     assert sorted([*slots, *scheduler._free_slots]) == list(range(6))
     owned = [page for one in running for page in one.pages]
     assert all(one.slot is None and not one.pages for one in waiting)

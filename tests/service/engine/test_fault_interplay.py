@@ -1,5 +1,7 @@
 """Faults in the middle of something else: reports on prompts, reused pages, steps in flight."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from tests.service.engine.test_prefix_reuse import sequence_of, tokens_of
 
 @pytest.fixture(params=[False, True], ids=["waits", "runs-ahead"])
 def engine(request, tiny_model_dir):
-    one = engine_of(tiny_model_dir, num_pages=100, run_ahead=request.param)
+    one: Any = engine_of(tiny_model_dir, num_pages=100, run_ahead=request.param)
     one.events.kinds = []
     one.events.engine_error = one.events.kinds.append
     return one
@@ -98,8 +100,8 @@ def test_a_report_on_a_prompt_that_fails_concerns_its_request_only(engine, monke
     assert failed
     assert engine.events.kinds == [FaultKind.MEMORY]
     assert isinstance(got.pop(reported).error, UnavailableError)
-    for given, one in zip(got.values(), expected, strict=True):
-        assert_same(given, one)
+    for given, alone in zip(got.values(), expected, strict=True):
+        assert_same(given, alone)
     assert engine.core.num_pages_used == 0
     assert engine.events.num_preempted == 0
 
