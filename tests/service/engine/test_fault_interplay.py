@@ -100,8 +100,8 @@ def test_a_report_on_a_prompt_that_fails_concerns_its_request_only(engine, monke
     assert failed
     assert engine.events.kinds == [FaultKind.MEMORY]
     assert isinstance(got.pop(reported).error, UnavailableError)
-    for given, alone in zip(got.values(), expected, strict=True):
-        assert_same(given, alone)
+    for given, wanted in zip(got.values(), expected, strict=True):
+        assert_same(given, wanted)
     assert engine.core.num_pages_used == 0
     assert engine.events.num_preempted == 0
 
