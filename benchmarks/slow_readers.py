@@ -98,8 +98,8 @@ async def _read_slowly(port: int) -> None:
         await loop.sock_sendall(
             one, f"{head}content-type: application/json\r\n\r\n".encode() + content
         )
-        while await loop.sock_recv(one, 1):
-            await asyncio.sleep(1)  # noqa: ASYNC110 - no waiting for something: this is the pace
+        while await loop.sock_recv(one, 1):  # noqa: ASYNC110 - nobody is waited for: it is the pace
+            await asyncio.sleep(1)
 
 
 async def _until_made(client: httpx.AsyncClient, num_asked: int) -> None:
