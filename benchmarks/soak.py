@@ -27,9 +27,9 @@ from benchmarks.load import (
 )
 
 _NUM_CLIENTS = 12
-# So few pages (128) that all have been touched, and reclaimed from idle ones, early: the memory of a
-# cache is the process's only once it is written to.
-_OPTIONS = "--max-running-requests 8 --max-step-tokens 512 --kv-cache-bytes 67108864".split()
+# So few pages (128) that all are soon written to and then reclaimed from idle ones: until then the
+# memory of the cache is not the process's, and looks like a leak.
+_OPTIONS = ("--max-running-requests=8", "--max-step-tokens=512", "--kv-cache-bytes=67108864")
 _LEAVES, _CANCELS, _IS_BAD = 0.12, 0.05, 0.1  # shares of the requests
 _SHARES_PREFIX = 0.5  # of those that are compared
 _WARM_UP = 0.4  # share of the time after which memory is expected to stay
