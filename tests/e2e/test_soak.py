@@ -11,5 +11,5 @@ def test_a_minute_of_mixed_load_loses_doubles_and_leaks_nothing():
     outcomes = soak(60)
     for kind in ("answered", "left", "cancelled", "refused", "answers with cached tokens"):
         assert outcomes[kind] > 0, outcomes
-    # A leak of what a request weighs would be more than this; the rest is the allocator's.
-    assert outcomes["RSS growth"] < 0.1, outcomes
+    # 0.002 in 90 s; a minute on a busy machine has few requests to warm up with.
+    assert outcomes["RSS growth"] < 0.04, outcomes
