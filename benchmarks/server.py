@@ -1,6 +1,6 @@
 """What HTTP costs on top of the engine, and whether the server endures load.
 
-``python -m benchmarks.server`` runs the same streams twice through one engine: by its own
+``python -m benchmarks.server measure`` runs the same streams twice through one engine: by its own
 ``submit``, and over HTTP with a client in another process; rounds alternate and the median counts.
 ``--llama`` takes random weights in the shape of Llama 3.1 8B on a GPU instead of the built-in
 model. ``--soak MINUTES`` runs ``benchmarks/soak.py`` instead.

@@ -1,31 +1,39 @@
 """A real server under a mixed load for minutes: every answer is compared with the one given alone.
 
 Requests differ in length, method, sampling and streaming; some clients leave in the middle, some
-send what must be refused. Nothing may be lost, doubled, leaked or answered with a 5xx but the 503s
-that are meant.
+cancel, some send what must be refused. Nothing may be lost, doubled, leaked or answered with an
+error that is not meant: the queue has room for all clients, so nobody is refused for load.
 """
 
 import asyncio
 import contextlib
-import os
 import random
-import socket
-import subprocess
-import sys
+import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
-import orjson
+
+from benchmarks.load import (
+    RefusedError,
+    RunningServer,
+    answer,
+    events_of,
+    running_server,
+    stream,
+    streamed_answer,
+)
 
 _NUM_CLIENTS = 12
-_LEAVES, _IS_BAD = 0.15, 0.1  # shares of the requests
-_WARM_UP = 0.3  # share of the time after which memory is expected to stay
+# So few pages (128) that all are soon written to and then reclaimed from idle ones: until then the
+# memory of the cache is not the process's, and looks like a leak.
+_OPTIONS = ("--max-running-requests=8", "--max-step-tokens=512", "--kv-cache-bytes=67108864")
+_LEAVES, _CANCELS, _IS_BAD = 0.12, 0.05, 0.1  # shares of the requests
+_SHARES_PREFIX = 0.5  # of those that are compared
+_WARM_UP = 0.4  # share of the time after which memory is expected to stay
+_MAX_FAULTS = 20  # then it ends
 _TEXT = "The old man looked at the sea and thought of the boats that had gone out before dawn. "
 _METHODS: tuple[dict[str, Any], ...] = (
     {"method": "dense"},
@@ -47,12 +55,52 @@ _BAD: tuple[tuple[dict[str, Any], int], ...] = (
 
 
 @dataclass
-class _Tally:
-    """What happened so far."""
+class _Soak:
+    """One run and what happened in it so far.
 
+    Attributes:
+        expected: What was answered alone, by request, and first of all with so many cached tokens.
+    """
+
+    client: httpx.AsyncClient
+    server: RunningServer
+    requests: list[dict[str, Any]]
+    deadline: float = 0.0
+    expected: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     rss_bytes: list[int] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether time is up, or too much has gone wrong to go on."""
+        return time.monotonic() >= self.deadline or len(self.faults) >= _MAX_FAULTS
+
+    def compare(self, number: int, given: dict[str, Any]) -> None:
+        """Compare an answer with what was said alone; only what was computed may go by the cache.
+
+        Rows that were taken over are not counted, so the prompt's counts are compared with the
+        first answer that took over as many: they may not depend on who else is there.
+        """
+        cached = given["usage"]["prompt_tokens_details"]["cached_tokens"]
+        seen = {
+            "text": given["text"],
+            "token_ids": given["token_ids"],
+            "finish_reason": given["choices"][0]["finish_reason"]
+            if "choices" in given
+            else given["finish_reason"],
+            "usage": {n: given["usage"][n] for n in ("prompt_tokens", "completion_tokens")},
+            "decode": given["sparsity"]["decode"],
+            "prefill": given["sparsity"]["prefill"],
+        }
+        alone = self.expected.get((number, 0), seen)
+        expected = self.expected.setdefault((number, cached), {**alone, "prefill": seen["prefill"]})
+        self.outcomes["tokens compared"] += len(given["token_ids"])
+        self.outcomes["answers with cached tokens"] += cached > 0
+        if seen != expected:
+            different = {n: (seen[n], expected[n]) for n in seen if seen[n] != expected[n]}
+            method = self.requests[number]["method"]
+            self.faults.append(f"request {number} ({method}), {cached} cached: {different}")
 
 
 def soak(seconds: float, seed: int = 0) -> dict[str, float]:
@@ -64,55 +112,29 @@ def soak(seconds: float, seed: int = 0) -> dict[str, float]:
     Raises:
         RuntimeError: Something that must hold did not; the message says what.
     """
-    with _server() as (pid, port):
-        tally = asyncio.run(_load(port, pid, seconds, seed))
-    growth = _growth(tally.rss_bytes)
-    if tally.faults:
-        raise RuntimeError(f"{len(tally.faults)} faults, such as {tally.faults[0]}")
-    return {**{name: float(count) for name, count in tally.outcomes.items()}, "RSS growth": growth}
+    with running_server(*_OPTIONS) as server:
+        run = asyncio.run(_load(server, seconds, seed))
+    if run.faults:
+        raise RuntimeError(f"{len(run.faults)} faults, such as {run.faults[0]}")
+    return {
+        **{name: float(count) for name, count in sorted(run.outcomes.items())},
+        "seconds": seconds,
+        "RSS after warming up, MiB": _median_after(run.rss_bytes, _WARM_UP) / 2**20,
+        "RSS growth": growth(run.rss_bytes),
+    }
 
 
-@contextmanager
-def _server() -> Iterator[tuple[int, int]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
-    options = ["--max-running-requests", "8", "--max-step-tokens", "512"]
-    with subprocess.Popen(  # noqa: S603 - our own server
-        [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        try:
-            _wait_ready(process, port)
-            yield process.pid, port
-        finally:
-            process.terminate()
-
-
-def _wait_ready(process: subprocess.Popen[bytes], port: int) -> None:
-    while process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200:
-                return
-        time.sleep(0.1)
-    raise RuntimeError("the server ended before it was ready")
-
-
-async def _load(port: int, pid: int, seconds: float, seed: int) -> _Tally:
-    tally, requests = _Tally(), _requests(seed)
+async def _load(server: RunningServer, seconds: float, seed: int) -> _Soak:
     limits = httpx.Limits(max_connections=4 * _NUM_CLIENTS)
-    async with httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{port}", timeout=120, limits=limits
-    ) as client:
-        alone = [await _answer(client, request) for request in requests]
-        deadline = time.monotonic() + seconds
-        clients = [
-            _client(client, requests, alone, tally, deadline, random.Random(seed + 1 + number))  # noqa: S311
-            for number in range(_NUM_CLIENTS)
-        ]
-        await asyncio.gather(_watch(pid, tally, deadline), *clients)
-        await _check_idle(client, tally)
-    return tally
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        run = _Soak(client, server, _requests(seed))
+        for number, request in enumerate(run.requests):
+            run.compare(number, await answer(client, _unshared(request)))
+        run.deadline = time.monotonic() + seconds
+        clients = [_client(run, random.Random(seed + 1 + n)) for n in range(_NUM_CLIENTS)]  # noqa: S311 - nothing is secret
+        await asyncio.gather(_watch(run), *clients)
+        await _check_idle(run)
+    return run
 
 
 def _requests(seed: int) -> list[dict[str, Any]]:
@@ -128,144 +150,114 @@ def _requests(seed: int) -> list[dict[str, Any]]:
     return requests
 
 
-async def _client(
-    client: httpx.AsyncClient,
-    requests: list[dict[str, Any]],
-    alone: list[dict[str, Any]],
-    tally: _Tally,
-    deadline: float,
-    chance: random.Random,
-) -> None:
+def _unshared(request: dict[str, Any]) -> dict[str, Any]:
+    """The same with a salt of its own: all of its prompt is computed."""
+    return {**request, "cache_salt": secrets.token_hex(8)}
+
+
+async def _client(run: _Soak, chance: random.Random) -> None:
     """Ask again and again; whatever differs from what must be is a fault."""
-    while time.monotonic() < deadline:
+    while not run.is_over:
+        number = chance.randrange(len(run.requests))
+        request = run.requests[number]
+        if chance.random() >= _SHARES_PREFIX:
+            request = _unshared(request)
         try:
-            if chance.random() < _IS_BAD:
-                await _ask_badly(client, tally, chance)
-                continue
-            number = chance.randrange(len(requests))
-            if chance.random() < _LEAVES:
-                await _leave(client, requests[number], tally, chance)
-                continue
-            ask = _answer if chance.random() < 0.5 else _streamed_answer
-            answer = await ask(client, requests[number])
-        except _RefusedError as refusal:
-            tally.outcomes[f"answered {refusal.status}"] += 1
-            if refusal.status not in (429, 503):
-                tally.faults.append(f"status {refusal.status}: {refusal.text}")
-            continue
+            kind = chance.random()
+            if kind < _IS_BAD:
+                await _ask_badly(run, chance)
+            elif kind < _IS_BAD + _LEAVES:
+                await _leave(run, request, chance)
+            elif kind < _IS_BAD + _LEAVES + _CANCELS:
+                await _cancel(run, request, number)
+            else:
+                ask = answer if chance.random() < 0.5 else streamed_answer
+                run.compare(number, await ask(run.client, request))
+                run.outcomes["answered"] += 1
+        except RefusedError as refusal:
+            run.faults.append(f"status {refusal.status}: {refusal.text}")
         except httpx.HTTPError as error:
-            tally.faults.append(f"{type(error).__name__}: {error}")
-            continue
-        tally.outcomes["answered"] += 1
-        tally.outcomes["tokens compared"] += len(answer["token_ids"])
-        if answer != alone[number]:
-            tally.faults.append(f"{requests[number]}: {answer}, alone {alone[number]}")
+            run.faults.append(f"{type(error).__name__}: {error}")
 
 
-class _RefusedError(Exception):
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status, self.text = status, text
+async def _leave(run: _Soak, request: dict[str, Any], chance: random.Random) -> None:
+    """Read some events, or nothing for a moment, then close the connection."""
+    if chance.random() < 0.5:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(chance.uniform(0, 0.3)):
+                await answer(run.client, request)
+    else:
+        num_read = chance.randrange(4)
+        async with stream(run.client, request) as events:
+            while num_read and await anext(events, None) is not None:
+                num_read -= 1
+    run.outcomes["left"] += 1
 
 
-async def _answer(client: httpx.AsyncClient, request: dict[str, Any]) -> dict[str, Any]:
-    response = await client.post("/generate", json=request)
-    if response.status_code != 200:
-        raise _RefusedError(response.status_code, response.text)
-    answer = response.json()
-    return _comparable(answer, answer["text"], answer["choices"][0]["token_ids"])
-
-
-async def _streamed_answer(client: httpx.AsyncClient, request: dict[str, Any]) -> dict[str, Any]:
-    texts, token_ids, last = [], [], {}
-    async with _stream(client, request) as events:
-        async for event in events:
-            if "error" in event:
-                raise _RefusedError(event["error"]["code"], str(event))
-            texts.append(event["text"])
-            token_ids += event["token_ids"]
-            last = event
-    return _comparable(last, "".join(texts), token_ids)
-
-
-def _comparable(answer: dict[str, Any], text: str, token_ids: list[int]) -> dict[str, Any]:
-    """What may not depend on who else is there; a reused prefix changes what was computed."""
-    usage = answer["usage"]
-    is_whole = usage["prompt_tokens_details"]["cached_tokens"] == 0
-    return {
-        "text": text,
-        "token_ids": token_ids,
-        "usage": {name: usage[name] for name in ("prompt_tokens", "completion_tokens")},
-        "prefill": answer["sparsity"]["prefill"] if is_whole else None,
-        "decode": answer["sparsity"]["decode"],
-    }
-
-
-async def _leave(
-    client: httpx.AsyncClient, request: dict[str, Any], tally: _Tally, chance: random.Random
-) -> None:
-    """Read some events, then close the connection."""
-    num_read = chance.randrange(4)
-    async with _stream(client, request) as events:
-        while num_read and await anext(events, None) is not None:
-            num_read -= 1
-    tally.outcomes["left"] += 1
-
-
-@asynccontextmanager
-async def _stream(
-    client: httpx.AsyncClient, request: dict[str, Any]
-) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-    async with client.stream("POST", "/generate", json={**request, "stream": True}) as response:
+async def _cancel(run: _Soak, request: dict[str, Any], number: int) -> None:
+    """End a stream by its id after its first event: its tokens must begin as they do alone."""
+    name, reason = secrets.token_hex(16), None
+    token_ids: list[int] = []
+    body = {**request, "stream": True}
+    headers = {"X-Request-Id": name}
+    async with run.client.stream("POST", "/generate", json=body, headers=headers) as response:
         if response.status_code != 200:
-            raise _RefusedError(response.status_code, (await response.aread()).decode())
-        yield _events(response)
+            text = (await response.aread()).decode()
+            raise RefusedError(response.status_code, text)
+        async for event in events_of(response):
+            if not token_ids:
+                await run.client.post(f"/requests/{name}/cancel")  # 404 if it has just ended
+            token_ids += event["token_ids"]
+            reason = event.get("finish_reason")
+    run.outcomes["cancelled"] += reason == "abort"
+    alone = run.expected[number, 0]["token_ids"]
+    if reason is None or token_ids != alone[: len(token_ids)]:
+        run.faults.append(f"request {number}, cancelled: {token_ids} ({reason}), alone {alone}")
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if line.startswith("data: {"):
-            yield orjson.loads(line[6:])
-
-
-async def _ask_badly(client: httpx.AsyncClient, tally: _Tally, chance: random.Random) -> None:
+async def _ask_badly(run: _Soak, chance: random.Random) -> None:
     body, expected = chance.choice(_BAD)
-    response = await client.post("/generate", json=body)
-    tally.outcomes["refused"] += 1
+    response = await run.client.post("/generate", json=body)
+    run.outcomes["refused"] += 1
     if response.status_code != expected:
         name = str(body)[:80]
-        tally.faults.append(f"{name} was answered {response.status_code}, not {expected}")
+        run.faults.append(f"{name} was answered {response.status_code}, not {expected}")
 
 
-async def _watch(pid: int, tally: _Tally, deadline: float) -> None:
+async def _watch(run: _Soak) -> None:
     """Look at the server's memory ten times a second."""
-    while time.monotonic() < deadline:
-        tally.rss_bytes.append(_resident_bytes(pid))
+    while not run.is_over:
+        run.rss_bytes.append(run.server.resident_bytes)
         await asyncio.sleep(0.1)
 
 
-def _resident_bytes(pid: int) -> int:
-    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _growth(rss_bytes: list[int]) -> float:
+def growth(rss_bytes: list[int]) -> float:
     """Median of the last tenth over that of the tenth after warming up, less one."""
-    tenth, start = max(1, len(rss_bytes) // 10), int(len(rss_bytes) * _WARM_UP)
-    early = sorted(rss_bytes[start : start + tenth])
-    late = sorted(rss_bytes[-tenth:])
-    return late[len(late) // 2] / early[len(early) // 2] - 1
+    return _median_after(rss_bytes, 0.9) / _median_after(rss_bytes, _WARM_UP) - 1
 
 
-async def _check_idle(client: httpx.AsyncClient, tally: _Tally) -> None:
-    """Nobody runs any more, so nobody may own a page."""
+def _median_after(rss_bytes: list[int], share: float) -> int:
+    tenth, start = max(1, len(rss_bytes) // 10), int(len(rss_bytes) * share)
+    part = sorted(rss_bytes[start : start + tenth])
+    return part[len(part) // 2]
+
+
+async def _check_idle(run: _Soak) -> None:
+    """Nobody runs any more, so nobody may own a page; and nothing failed unnoticed."""
     wanted = dict.fromkeys(("running_requests", "waiting_requests", "kv_cache_pages_used"), 0.0)
+    values: dict[str, str] = {}
     seen: dict[str, float] = {}
     for _ in range(100):
-        lines = (await client.get("/metrics")).text.splitlines()
+        lines = (await run.client.get("/metrics")).text.splitlines()
         values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         seen = {name: float(values[f"sparseserve_{name}"]) for name in wanted}
         if seen == wanted:
-            return
+            break
         await asyncio.sleep(0.1)
-    tally.faults.append(f"an idle server reports {seen}")
+    else:
+        run.faults.append(f"an idle server reports {seen}")
+    errors = [n for n, v in values.items() if "engine_errors_total" in n and float(v)]
+    is_ours = 'http_requests_total{code="5'  # probes are told 503 while the model loads
+    errors += [n for n in values if is_ours in n and "/health" not in n]
+    if errors:
+        run.faults.append(f"the server counted {errors}")

@@ -8,7 +8,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
-from service.engine.events import FaultKind
+from service.engine.events import ABORT_REASONS, FaultKind
 from service.engine.sequence import Finish, FinishReason, Sequence
 from service.engine.status import EngineStatus
 from service.vllm_aliases import VllmAliases
@@ -96,9 +96,11 @@ class Metrics:
 
     def _start_at_zero(self) -> None:
         """Show the counters that alerts divide by or wait for: a rate does not see a first one."""
+        for reason in ABORT_REASONS:
+            self._aborted.labels(reason)
         for name, version, _ in _methods():
-            for reason in FinishReason:
-                self._requests.labels(name, version, reason.value)
+            for outcome in FinishReason:
+                self._requests.labels(name, version, outcome.value)
             for phase in Phase:
                 for counter in (self._blocks, self._selected, self._skipped):
                     counter.labels(name, version, phase.value)
@@ -186,7 +188,7 @@ class Metrics:
             self._aliases.finished(finish)
 
     def aborted(self, reason: str) -> None:
-        """A generation was aborted: client, cancelled, deadline, shutdown or death."""
+        """A generation was aborted, for one of ``ABORT_REASONS``."""
         self._aborted.labels(reason).inc()
 
     def first_token(self, sequence: Sequence, seconds: float) -> None:

@@ -13,7 +13,7 @@ from service.api.deps import EngineDep, MethodQueryDep, Submission, choose_metho
 from service.api.errors import documented_errors
 from service.api.schemas import GenerateRequest
 from service.api.streaming import EventStream, as_json, unless_client_leaves
-from service.engine.sequence import Finish, TokenLogprob
+from service.engine.sequence import Finish, TokenLogprob, Update
 
 router = APIRouter(tags=["generation"])
 
@@ -86,7 +86,7 @@ async def generate(
     body, submission = work
     if body.stream:
         await unless_client_leaves(request.receive, submission.generation.has_begun())
-        return EventStream(_events(body, submission))
+        return EventStream(submission.generation, _EventWriter(body, submission))
     answer = await unless_client_leaves(request.receive, _collect(body, submission))
     # `layers` and `heads` are there only if the client asked for them, null values always.
     content = as_json(answer.model_dump(exclude_unset=True))
@@ -117,20 +117,28 @@ async def _collect(body: GenerateRequest, submission: Submission) -> GenerateRes
     )
 
 
-async def _events(body: GenerateRequest, submission: Submission) -> AsyncIterator[dict[str, Any]]:
-    finishes: dict[int, Finish] = {}
-    async for index, update in submission.generation:
+class _EventWriter:
+    def __init__(self, body: GenerateRequest, submission: Submission) -> None:
+        self._body = body
+        self._submission = submission
+        self._finishes: dict[int, Finish] = {}
+
+    def write(self, index: int, update: Update) -> list[object]:
         event: dict[str, Any] = {"index": index, "text": update.text, "token_ids": update.token_ids}
-        if body.logprobs is not None:
+        if self._body.logprobs is not None:
             details = _token_details(list(update.logprobs))
             event["logprobs"] = [detail.model_dump() for detail in details]
         if update.finish is not None:
-            finishes[index] = update.finish
+            self._finishes[index] = update.finish
             event["finish_reason"] = update.finish.reason
             event["stop_reason"] = update.finish.stop_reason
-        if len(finishes) == body.n:
-            event |= _closing(body, submission, [finishes[i] for i in range(body.n)])
-        yield event
+            if len(self._finishes) == self._body.n:
+                finishes = [self._finishes[i] for i in range(self._body.n)]
+                event |= _closing(self._body, self._submission, finishes)
+        return [event]
+
+    def close(self) -> list[object]:
+        return []
 
 
 def _closing(

@@ -23,6 +23,7 @@ _access_log = logging.getLogger("service.access")
 _log = logging.getLogger(__name__)
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OVER_LIMIT = "is_over_limit"  # in the state of connections that are only good for probes
+SEND_OF_SERVER = "send_of_server"  # in the state: what is below all middleware
 NO_ROUTE = "<none>"  # never the raw path: it is the client's text
 _TRACE_PARENT = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _TRACE_HEADERS = ("traceparent", "tracestate")
@@ -48,7 +49,7 @@ class RequestContext:
         given_id = given.get("x-request-id", "")
         request_id = given_id if _SANE_REQUEST_ID.fullmatch(given_id) else secrets.token_hex(16)
         headers = {"X-Request-Id": request_id}
-        scope.setdefault("state", {})["response_headers"] = headers
+        scope.setdefault("state", {}).update({"response_headers": headers, SEND_OF_SERVER: send})
         started_at, status = time.monotonic(), 0
         context = current_request_id.set(request_id)
         # A task serves the requests of a connection one after the other: each sets what is its own.

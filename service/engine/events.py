@@ -5,6 +5,8 @@ from typing import Protocol
 
 from service.engine.sequence import Finish, Sequence
 
+ABORT_REASONS = ("client", "cancelled", "deadline", "shutdown", "death")
+
 
 class FaultKind(StrEnum):
     """What failed; the label of the errors that are counted."""
@@ -33,7 +35,7 @@ class EngineEvents(Protocol):
         """A generation ended, aborted ones included."""
 
     def aborted(self, reason: str) -> None:
-        """A generation was aborted: client, cancelled, deadline, shutdown or death."""
+        """A generation was aborted, for one of ``ABORT_REASONS``."""
 
     def first_token(self, sequence: Sequence, seconds: float) -> None:
         """A generation's first token came this long after its arrival."""

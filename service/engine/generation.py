@@ -96,14 +96,13 @@ class Generation:
         Raises:
             ServiceError: The engine failed one of the choices.
         """
-        async for index, update in self._outbox:
-            if update.finish is not None or update.error is not None:
-                self._unfinished.discard(index)
-            if update.error is not None:
-                raise update.error
-            yield index, update
-            if not self._unfinished:
-                return
+        while self._unfinished:
+            for index, update in await self._outbox.take():
+                if update.finish is not None or update.error is not None:
+                    self._unfinished.discard(index)
+                if update.error is not None:
+                    raise update.error
+                yield index, update
 
 
 def check_logit_bias(sampling: SamplingParams, vocab_size: int) -> None:

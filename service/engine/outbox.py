@@ -5,7 +5,6 @@ choice, so that it costs what its own answer weighs, and no more however long it
 """
 
 import asyncio
-from collections.abc import AsyncIterator
 
 from service.engine.sequence import Finish, TokenLogprob, Update
 from service.errors import ServiceError
@@ -68,11 +67,12 @@ class Outbox:
         errors = (waiting.error for waiting in self._pending.values())
         return next((error for error in errors if error is not None), None)
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
-        """Yield (choice index, update) as they come, without end."""
-        while True:
-            await self._arrived.wait()
-            self._arrived.clear()
-            pending, self._pending = self._pending, {}
-            for index, update in pending.items():
-                yield index, update.merged() if isinstance(update, _Backlog) else update
+    async def take(self) -> list[tuple[int, Update]]:
+        """Wait until something has arrived, and take all of it: (choice index, update)."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        pending, self._pending = self._pending, {}
+        return [
+            (index, update.merged() if isinstance(update, _Backlog) else update)
+            for index, update in pending.items()
+        ]

@@ -316,6 +316,19 @@ def test_the_asynchronous_client_streams_side_by_side(server, model):
     assert together == alone
 
 
+def test_a_stream_of_several_prompts_with_a_deadline_ends(client, model):
+    chunks = client.completions.create(
+        model=model,
+        prompt=[PROMPT, PROMPT + " the", PROMPT + " then"],
+        max_tokens=1,
+        stream=True,
+        extra_body={"timeout_s": 60},
+        timeout=60,
+    )
+    endings = {c.choices[0].index: c.choices[0].finish_reason for c in chunks if c.choices}
+    assert endings == dict.fromkeys(range(3), "length")
+
+
 def test_a_client_that_leaves_a_stream_frees_its_pages(server, client, model):
     server.wait_metric("running_requests", 0)
     before = server.metric("aborted_requests_total", reason="client")

@@ -57,7 +57,7 @@ class FakeGeneration:
     def __init__(self, engine: "FakeEngine", request: GenerationRequest) -> None:
         self._engine, self._request = engine, request
         self.prompt_ids = request.prompt_ids or list((request.prompt or "").encode())
-        self._is_done = self._is_cancelled = False
+        self._is_done = self._is_cancelled = self._is_read = False
 
     def cancel(self) -> None:
         self._is_cancelled = True
@@ -73,10 +73,12 @@ class FakeGeneration:
             self._engine.events.aborted("client")
 
     async def has_begun(self) -> None:
+        assert not self._is_read, "the real one would wait for ever for what has been taken"
         if self._engine.late is not None:
             raise self._engine.late
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
+        self._is_read = True
         for step, word in enumerate(self._engine.words):
             for index in range(self._request.n):
                 await asyncio.sleep(self._engine.step_s)

@@ -71,6 +71,7 @@ def test_every_other_event_has_its_metric() -> None:
     assert value(metrics, "engine_errors_total", kind="method") == 1
     assert value(metrics, "engine_errors_total", kind="hang") == 0
     assert value(metrics, "aborted_requests_total", reason="client") == 1
+    assert value(metrics, "aborted_requests_total", reason="deadline") == 0  # but it is there
     assert value(metrics, "time_to_first_token_seconds_sum", **LABELS) == 0.25
     assert value(metrics, "inter_token_latency_seconds_sum") == 0.125
     assert value(metrics, "method_fallbacks_total", **LABELS, reason="window") == 1

@@ -87,6 +87,30 @@ async def test_a_stream_has_its_span_too_and_without_headers_it_is_a_root(spans)
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_a_chat_is_an_operation_of_its_own(spans, stream) -> None:
+    body = {"messages": [{"role": "user", "content": PRIVATE}], "stream": stream}
+    async with http_client(FakeEngine(TRACED)) as client:
+        await client.post("/v1/chat/completions?method=dense", json=body, headers=HEADERS)
+    [span] = spans.get_finished_spans()
+    assert span.name == "chat fake"
+    assert span.attributes["gen_ai.operation.name"] == "chat"
+    assert span.attributes["sparseserve.method"] == "dense"
+    assert span.attributes["gen_ai.usage.output_tokens"] == 4
+    assert f"{span.context.trace_id:032x}" == TRACE_ID
+    assert PRIVATE not in span.to_json()
+
+
+async def test_each_prompt_of_a_completion_has_a_span_of_its_own(spans) -> None:
+    body = {"prompt": ["a", "b"], "stream": True}
+    async with http_client(FakeEngine(TRACED)) as client:
+        await client.post("/v1/completions", json=body, headers=HEADERS)
+    both = spans.get_finished_spans()
+    assert [span.name for span in both] == ["text_completion fake"] * 2
+    assert {f"{span.context.trace_id:032x}" for span in both} == {TRACE_ID}
+    assert all(span.attributes["gen_ai.usage.output_tokens"] == 4 for span in both)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_what_the_engine_fails_is_an_error_of_the_span(spans, stream) -> None:
     engine = FakeEngine(TRACED)
     engine.fail_at, engine.failure = 1, GenerationError(PRIVATE)

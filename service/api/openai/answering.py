@@ -1,7 +1,7 @@
 """How an answer of either OpenAI route is put together, in one piece or in chunks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field
@@ -66,19 +66,9 @@ async def answer(shape: Shape, body: OpenAIFields, submission: OpenAISubmission)
     }
 
 
-async def chunks(
-    shape: Shape, body: OpenAIFields, submission: OpenAISubmission
-) -> AsyncIterator[dict[str, Any]]:
-    """Answer in chunks: what closes the last choice has the ``sparsity`` block, too."""
-    writer = _ChunkWriter(shape, body, submission)
-    async for index, update in submission.updates:
-        for chunk in writer.write(index, update):
-            yield chunk
-    if body.includes_usage:
-        yield writer.usage_chunk()
+class ChunkWriter:
+    """Answers in chunks: what closes the last choice has the ``sparsity`` block, too."""
 
-
-class _ChunkWriter:
     def __init__(self, shape: Shape, body: OpenAIFields, submission: OpenAISubmission) -> None:
         self._shape = shape
         self._body = body
@@ -89,6 +79,7 @@ class _ChunkWriter:
         self._finishes: dict[int, Finish] = {}
 
     def write(self, index: int, update: Update) -> Iterator[dict[str, Any]]:
+        """The chunks that an update makes; none if all of it is held back."""
         if index not in self._num_tokens:
             self._num_tokens[index] = 0
             opening = self._shape.opening(index, update)
@@ -98,14 +89,16 @@ class _ChunkWriter:
         if update.finish is not None:
             self._finishes[index] = update.finish
         elif not update.text and not update.logprobs:
-            return  # all of it is held back
+            return
         chunk = self._chunk(index, self._shape.piece(index, update), update.finish)
         if len(self._finishes) == self._num_choices:
             chunk |= self._closing(with_usage=False)
         yield chunk
 
-    def usage_chunk(self) -> dict[str, Any]:
-        return {**self._identity, "choices": [], **self._closing(with_usage=True)}
+    def close(self) -> Iterator[dict[str, Any]]:
+        """The chunk on usage, if there is one."""
+        if self._body.includes_usage:
+            yield {**self._identity, "choices": [], **self._closing(with_usage=True)}
 
     def _chunk(self, index: int, content: dict[str, Any], finish: Finish | None) -> dict[str, Any]:
         choice = {"index": index, **content, **_ending(finish)}

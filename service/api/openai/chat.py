@@ -13,7 +13,7 @@ from service.api.body import documented_body, parsed_body
 from service.api.collecting import Collected
 from service.api.deps import EngineDep, MethodQueryDep, choose_method
 from service.api.errors import documented_errors
-from service.api.openai.answering import Answer, Shape, answer, chunks
+from service.api.openai.answering import Answer, ChunkWriter, Shape, answer
 from service.api.openai.fields import OpenAIFields
 from service.api.openai.harmless import HarmlessChatFields
 from service.api.openai.logprobs import ChatLogprobs, report_chat
@@ -166,6 +166,6 @@ async def chat(
     shape = ChatShape(body, submission)
     if body.stream:
         await unless_client_leaves(request.receive, submission.has_begun())
-        return EventStream(chunks(shape, body, submission))
+        return EventStream(submission.updates, ChunkWriter(shape, body, submission))
     content = await unless_client_leaves(request.receive, answer(shape, body, submission))
     return Response(as_json(content), media_type="application/json")

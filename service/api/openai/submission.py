@@ -134,19 +134,30 @@ async def _merged(
     if len(generations) == 1:
         yield generations[0]
         return
-    queue: asyncio.Queue[_Item] = asyncio.Queue(
-        maxsize=1
-    )  # what waits is merged where it comes from
-    tasks = [
-        asyncio.create_task(_pump(generation, index * num_choices, queue))
-        for index, generation in enumerate(generations)
-    ]
+    tasks: list[asyncio.Task[None]] = []
     try:
-        yield _taken(queue, len(generations) * num_choices)
+        yield _interleaved(generations, num_choices, tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _interleaved(
+    generations: Sequence[Followed], num_choices: int, tasks: list[asyncio.Task[None]]
+) -> AsyncIterator[tuple[int, Update]]:
+    """Read all of them at once, from now on: whether they have begun is asked before."""
+    # What waits is merged where it comes from.
+    queue: asyncio.Queue[_Item] = asyncio.Queue(maxsize=1)
+    for number, generation in enumerate(generations):
+        tasks.append(asyncio.create_task(_pump(generation, number * num_choices, queue)))
+    num_unfinished = len(generations) * num_choices
+    while num_unfinished:
+        item = await queue.get()
+        if isinstance(item, Exception):
+            raise item
+        num_unfinished -= item[1].finish is not None
+        yield item
 
 
 async def _pump(generation: Followed, first_index: int, queue: "asyncio.Queue[_Item]") -> None:
@@ -155,15 +166,3 @@ async def _pump(generation: Followed, first_index: int, queue: "asyncio.Queue[_I
             await queue.put((first_index + index, update))
     except Exception as error:  # noqa: BLE001 - raised where the updates are read
         await queue.put(error)
-
-
-async def _taken(
-    queue: "asyncio.Queue[_Item]", num_choices: int
-) -> AsyncIterator[tuple[int, Update]]:
-    num_unfinished = num_choices
-    while num_unfinished:
-        item = await queue.get()
-        if isinstance(item, Exception):
-            raise item
-        num_unfinished -= item[1].finish is not None
-        yield item

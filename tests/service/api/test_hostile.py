@@ -18,7 +18,8 @@ from service.logs import JsonFormatter
 from service.settings import Settings
 from tests.service.fake_engine import FakeEngine, running_server
 
-ROUTES = ("/generate",)
+GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
+ROUTES = (GENERATE, COMPLETIONS, CHAT)
 ROOT = Path(__file__).parent.parent.parent.parent
 PRIVATE = "the-prompt-nobody-may-log"
 MEGABYTE = "a" * 2**20
@@ -204,6 +205,83 @@ HEADERS: dict[str, dict[str, str]] = {
 TYPES = {400: "BadRequestError", 413: "PayloadTooLargeError"}
 
 
+# Where OpenAI's fields are others: null is as good as none, and prompts may come in a list.
+TAKEN = {
+    COMPLETIONS: {"null as a number", "a list as the prompt"},
+    CHAT: {"null as a number", "a least above the most"},  # a chat has no least limit of its own
+}
+NAMED = {
+    COMPLETIONS: {"both prompts": "prompt_token_ids"},
+    CHAT: {"no prompt": "messages"},
+}
+PROMPT = f'"prompt": "{PRIVATE}"'.encode()
+MESSAGES = f'"messages": [{{"role": "user", "content": "{PRIVATE}"}}]'.encode()
+
+
+def messages(*turns: Any, **values: Any) -> bytes:
+    return json.dumps({"messages": turns, **values}).encode()
+
+
+def turn(**values: Any) -> dict[str, Any]:
+    return {"role": "user", "content": PRIVATE, **values}
+
+
+# The same for what only a chat has.
+CHATS: dict[str, tuple[bytes, int, str | None]] = {
+    "no turns": (messages(), 400, "messages"),
+    "a text as the turns": (b'{"messages": "' + PRIVATE.encode() + b'"}', 400, "messages"),
+    "a turn that is a text": (messages(PRIVATE), 400, "messages"),
+    "a turn without a role": (messages({"content": PRIVATE}), 400, "messages"),
+    "an unknown role": (messages(turn(role="root")), 400, "messages"),
+    "a role of 1 MB": (messages(turn(role=MEGABYTE)), 400, "messages"),
+    "a tool's turn": (messages(turn(role="tool")), 400, "messages"),
+    "a number as content": (messages(turn(content=5)), 400, "messages"),
+    "content 1,000 lists deep": (
+        b'{"messages": [{"role": "user", "content": ' + b"[" * 1000 + b"]" * 1000 + b"}]}",
+        400,
+        None,
+    ),
+    "an image": (
+        messages(turn(content=[{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}])),
+        400,
+        "messages",
+    ),
+    "an unknown name in a turn": (messages(turn(surprise=1)), 400, "messages"),
+    "half a surrogate pair": (
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        400,
+        None,
+    ),
+    "tools": (messages(turn(), tools=[{"type": "function"}]), 400, "tools"),
+    "a template": (messages(turn(), chat_template="{{ 1 }}"), 400, "chat_template"),
+    "two limits that cannot be": (
+        messages(turn(), max_completion_tokens=1, min_tokens=2),
+        400,
+        "min_tokens",
+    ),
+    "100,000 turns too many": (messages(*[turn()] * 100_000), 400, "messages"),
+}
+
+
+def body_for(route: str, body: bytes) -> bytes:
+    return body.replace(PROMPT, MESSAGES) if route == CHAT else body
+
+
+def table() -> list[Any]:
+    """(route, body, status, param): what says nothing of a prompt is sent to chats, too."""
+    rows = []
+    for route in ROUTES:
+        for name, (body, status, param) in BODIES.items():
+            sent = body_for(route, body)
+            is_about_prompts = route == CHAT and b'"prompt' in sent[:200]
+            if is_about_prompts or name in TAKEN.get(route, ()):
+                continue
+            named = NAMED.get(route, {}).get(name, param)
+            rows.append(pytest.param(route, sent, status, named, id=f"{route}-{name}"))
+    rows += [pytest.param(CHAT, *row, id=f"{CHAT}-{name}") for name, row in CHATS.items()]
+    return rows
+
+
 @pytest.fixture(scope="module")
 def log():
     """All that is logged while the table is sent."""
@@ -261,8 +339,7 @@ def check_untouched(client: httpx.Client, engine: FakeEngine) -> None:
     engine.requests.clear()
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize(("body", "status", "param"), BODIES.values(), ids=BODIES)
+@pytest.mark.parametrize(("route", "body", "status", "param"), table())
 def test_a_bad_body(client, engine, route, body, status, param):
     response = client.post(route, content=body, headers={"Content-Type": JSON})
     check(response, status, param)
@@ -272,7 +349,9 @@ def test_a_bad_body(client, engine, route, body, status, param):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(("query", "param"), QUERIES.values(), ids=QUERIES)
 def test_a_bad_query(client, engine, route, query, param):
-    response = client.post(f"{route}?{query}", content=fields(), headers={"Content-Type": JSON})
+    response = client.post(
+        f"{route}?{query}", content=body_for(route, fields()), headers={"Content-Type": JSON}
+    )
     check(response, 400, param)
     check_untouched(client, engine)
 
@@ -280,7 +359,7 @@ def test_a_bad_query(client, engine, route, query, param):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS)
 def test_a_bad_content_type(client, engine, route, headers):
-    check(client.post(route, content=fields(), headers=headers), 400, None)
+    check(client.post(route, content=body_for(route, fields()), headers=headers), 400, None)
     check_untouched(client, engine)
 
 
@@ -291,7 +370,9 @@ def test_the_table_is_long_enough():
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_refusal_names_the_method_as_soon_as_it_is_known(client, route):
     def names(query: str, body: bytes) -> tuple[str | None, str | None]:
-        response = client.post(route + query, content=body, headers={"Content-Type": JSON})
+        response = client.post(
+            route + query, content=body_for(route, body), headers={"Content-Type": JSON}
+        )
         assert response.status_code == 400
         headers = response.headers
         return headers.get("x-sparse-method"), headers.get("x-sparse-version")
@@ -313,13 +394,19 @@ def test_no_client_can_make_metrics_grow(client, engine):
         for route in ROUTES:
             word = secrets.token_hex(8)
             headers = {"Content-Type": JSON, "X-Request-Id": word}
-            client.post(route, content=fields(), headers=headers)
-            client.post(f"{route}?method={word}", content=fields(), headers=headers)
-            client.post(f"{route}?method=dense&version={word}", content=fields(), headers=headers)
-            client.post(f"{route}?{word}=1", content=fields(), headers=headers)
-            client.post(route, content=fields(method=word), headers=headers)
-            client.post(route, content=fields(**{word: 1}), headers=headers)
-            client.post(f"{route}/{word}", content=fields(), headers=headers)
+            client.post(route, content=body_for(route, fields()), headers=headers)
+            client.post(
+                f"{route}?method={word}", content=body_for(route, fields()), headers=headers
+            )
+            client.post(
+                f"{route}?method=dense&version={word}",
+                content=body_for(route, fields()),
+                headers=headers,
+            )
+            client.post(f"{route}?{word}=1", content=body_for(route, fields()), headers=headers)
+            client.post(route, content=body_for(route, fields(method=word)), headers=headers)
+            client.post(route, content=body_for(route, fields(**{word: 1})), headers=headers)
+            client.post(f"{route}/{word}", content=body_for(route, fields()), headers=headers)
             client.request(word[:4].upper(), route, headers=headers)
             client.get(f"/methods/{word}")
             client.get(f"/{word}")
@@ -333,8 +420,10 @@ def test_no_client_can_make_metrics_grow(client, engine):
 
 
 def test_nothing_of_a_prompt_was_logged(client, log):
-    response = client.post("/generate", content=fields(), headers={"Content-Type": JSON})
-    assert response.status_code == 200
+    for route in ROUTES:
+        body = body_for(route, fields())
+        response = client.post(route, content=body, headers={"Content-Type": JSON})
+        assert response.status_code == 200
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
     ours = [line for line in lines if not line["logger"].startswith(("httpx", "httpcore"))]
     assert any(line["logger"] == "service.access" for line in ours)
@@ -344,9 +433,7 @@ def test_nothing_of_a_prompt_was_logged(client, log):
 
 def test_other_origins_are_told_nothing(client):
     headers = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
-    for response in (
-        client.options("/generate", headers=headers),
-        client.get("/methods", headers=headers),
-    ):
+    preflights = [client.options(route, headers=headers) for route in ROUTES]
+    for response in (*preflights, client.get("/methods", headers=headers)):
         assert not [name for name in response.headers if name.startswith("access-control")]
-    assert client.options("/generate", headers=headers).status_code == 405
+    assert {response.status_code for response in preflights} == {405}

@@ -34,6 +34,8 @@ async def test_every_route_there_is_needs_a_key_except_for_probes(metrics_need_k
     engine = FakeEngine(settings)
     routes = set(walk(fake_app(engine).routes))
     known = {("POST", "/generate"), ("GET", "/v1/methods/dense"), ("GET", "/openapi.json")}
+    known |= {("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/tokenize")}
+    known |= {("POST", "/requests/dense/cancel"), ("GET", "/v1/models"), ("GET", "/server_info")}
     assert known | {("GET", path) for path in PROBES} < routes, "not all routes were found"
     async with http_client(engine) as client:
         for verb, path in sorted(routes):

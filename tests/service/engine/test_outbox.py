@@ -15,10 +15,8 @@ def update_of(token_id: int) -> Update:
 
 async def take(outbox: Outbox, count: int) -> list[tuple[int, Update]]:
     taken: list[tuple[int, Update]] = []
-    async for item in outbox:
-        taken.append(item)
-        if len(taken) == count:
-            break
+    while len(taken) < count:
+        taken += await outbox.take()
     return taken
 
 

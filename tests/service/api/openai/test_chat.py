@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from service.api.openai.chat import ChatResponse
+from service.errors import QueueTimeoutError
 from tests.service.api.test_generate import events_of
 from tests.service.fake_engine import WORDS, FakeEngine, http_client
 
@@ -153,3 +154,13 @@ async def test_what_cannot_be_served_is_refused_and_named(body: dict[str, Any], 
     response = await post(body)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+async def test_a_stream_whose_turn_does_not_come_is_refused_before_it_begins() -> None:
+    engine = FakeEngine()
+    engine.late = QueueTimeoutError("Late.")
+    response = await post({"stream": True, "method": "dense"}, engine)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-sparse-method"] == "dense"
+    assert engine.num_running == 0

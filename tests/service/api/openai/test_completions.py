@@ -7,7 +7,7 @@ import orjson
 import pytest
 
 from service.api.openai.completions import CompletionResponse
-from service.errors import GenerationError, QueueFullError
+from service.errors import GenerationError, QueueFullError, QueueTimeoutError
 from service.settings import Settings
 from tests.service.api.test_generate import events_of
 from tests.service.fake_engine import WORDS, FakeEngine, http_client
@@ -262,3 +262,20 @@ async def test_more_choices_than_the_server_holds_are_refused_for_good() -> None
     response = await post({"prompt": ["a"] * 5}, engine=small)
     assert response.status_code == 400
     assert "holds 4" in response.json()["error"]["message"]
+
+
+async def test_what_the_engine_says_is_read_only_when_the_stream_has_begun() -> None:
+    chunks = await stream({"prompt": ["one", "two"], "timeout_s": 60})
+    assert {chunk["choices"][0]["index"] for chunk in chunks} == {0, 1}
+
+
+@pytest.mark.parametrize("prompt", ["one", ["one", "two"]])
+async def test_a_stream_whose_turn_does_not_come_is_refused_before_it_begins(prompt: Any) -> None:
+    engine = FakeEngine()
+    engine.late = QueueTimeoutError("Late.")
+    response = await post({"prompt": prompt, "stream": True}, "?method=dense", engine)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-sparse-method"] == "dense"
+    assert response.headers["x-sparse-version"] == "v1"
+    assert engine.num_running == 0
