@@ -42,7 +42,7 @@ def create_app(settings: Settings, load: LoadEngine) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        gc.freeze()  # what has been imported stays; no collection needs to look at it again
+        gc.freeze()  # what has been imported stays; loading may collect often
         holder.start(metrics)
         yield
         await asyncio.to_thread(holder.stop)

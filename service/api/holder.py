@@ -1,5 +1,6 @@
 """Where the engine will be: the server answers probes while the model is still loading."""
 
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -104,6 +105,8 @@ class EngineHolder:
             _log.exception("the model could not be loaded")
             self.failure = error
             return
+        gc.collect()
+        gc.freeze()  # model and tokenizer stay: no later collection needs to look at them again
         engine.start()
         self._engine = engine
         if self._is_draining:  # told to stop while loading

@@ -1,6 +1,7 @@
 """Probes, keys, limits, loading and shutdown, where it matters over a real socket."""
 
 import asyncio
+import gc
 import signal
 import socket
 import subprocess
@@ -233,3 +234,18 @@ def test_a_dead_engine_ends_the_process_with_an_error() -> None:
     server = Server(Settings(port=0), app, lambda _: setattr(engine, "is_alive", False))
     server.run()
     assert server.exit_code == 1
+
+
+async def test_the_garbage_collector_never_looks_at_what_was_loaded_again() -> None:
+    kept: list[list[int]] = []
+
+    def load(_events: object) -> Any:
+        kept.extend([number] for number in range(1000))  # as a tokenizer has them
+        return FakeEngine()
+
+    app = create_app(Settings(), load)
+    async with app.router.lifespan_context(app):
+        await asyncio.to_thread(wait_until, lambda: app.state.holder.is_loaded)
+        looked_at = {id(one) for one in gc.get_objects()}
+        assert not looked_at & {id(one) for one in kept}
+    assert gc.get_freeze_count() == 0
