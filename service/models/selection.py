@@ -205,9 +205,7 @@ def adapt_thresholds(
     return adapted
 
 
-def _ask(
-    layer: Layer, query: torch.Tensor, group: PrefillGroup | DecodeGroup
-) -> BlockSelection | PageSelection | None:
+def _ask(layer: Layer, query: torch.Tensor, group: PrefillGroup | DecodeGroup) -> Selection | None:
     """What a method decides, or who is concerned if it raises."""
     try:
         if isinstance(group, PrefillGroup):

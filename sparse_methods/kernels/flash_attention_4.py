@@ -35,8 +35,9 @@ from sparse_methods.kernels.triton_workspace import Workspace
 
 _BLOCK = 128  # keys of a tile of the library, which must be a page
 _HEAD_DIMS = (64, 96, 128)  # with which its tiles of keys are that long
-# Many shorter runs share one launch of our own kernels instead, which also ask less of the host.
+# Many shorter runs share one launch of our own kernels instead.
 _LEAST_ROWS = 512
+# Rows times keys below which a call costs the host more than the faster kernel gains.
 _LEAST_SCORES = 2048 * 2048
 
 
