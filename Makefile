@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
+CORES := $(shell nproc 2>/dev/null || echo 1)
+export OMP_NUM_THREADS ?= $(CORES)
+# A process per core with one thread each, and every file of tests in one process.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 .PHONY: serve test test-ops check fix bench gpu clean
 
@@ -10,17 +13,17 @@ serve: $(VENV)/.installed  ## serve the built-in model on 127.0.0.1:8000
 	$(BIN)/sparseserve serve $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the suite, as far as it needs nothing but Python
-	$(BIN)/python -m pytest --ignore=tests/ops $(ARGS)
+	$(PYTEST) --ignore=tests/ops $(ARGS)
 
 test-ops: $(VENV)/.installed-ops  ## run the rest: Prometheus, Kubernetes' schemas, the image's steps, Ray
-	$(BIN)/python -m pytest tests/ops $(ARGS)
+	$(PYTEST) tests/ops $(ARGS)
 
 check: $(VENV)/.installed-dev  ## what CI runs, with test-ops after it
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --ignore=tests/ops $(ARGS)
+	$(PYTEST) --ignore=tests/ops $(ARGS)
 
 fix: $(VENV)/.installed-dev  ## format, and mend what the linter can mend
 	$(BIN)/ruff format .

@@ -29,6 +29,13 @@ def serve_config() -> dict[str, Any]:
     return config
 
 
+def pod_environment() -> dict[str, str]:
+    """What every Ray process of ``rayservice.yaml`` is told by its environment."""
+    cluster = yaml.safe_load((RAY / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    [container] = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    return {variable["name"]: variable["value"] for variable in container["env"]}
+
+
 class RayCluster:
     """Two replicas of the built-in model behind Ray's proxy; processes are known by a mark."""
 
@@ -43,9 +50,10 @@ class RayCluster:
         self._environment = {
             **os.environ,
             _MARK: self._mark,
+            **pod_environment(),
+            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{ROOT}:{RAY}",
             "RAY_DISABLE_IMPORT_WARNING": "1",
-            "RAY_USAGE_STATS_ENABLED": "0",
             "SPARSESERVE_DEVICE": "cpu",
             "SPARSESERVE_KV_CACHE_BYTES": str(64 * 2**20),
             "SPARSESERVE_MAX_STEP_TOKENS": "1024",

@@ -9,6 +9,7 @@ import signal
 import threading
 
 import httpx
+import psutil
 import pytest
 
 from tests.ops.ray_cluster import MAX_ONGOING, MAX_QUEUED, RayCluster, value, wait
@@ -42,6 +43,10 @@ def test_each_request_chooses_its_method(cluster):
     assert [a["method"] for a in answers] == ["streaming", "quest", "flash_skip_softmax"]
     assert by_body.headers["X-Sparse-Method"] == "quest"
     assert by_body.headers["X-Sparse-Version"] == "v1"
+
+
+def test_replicas_get_as_much_processor_as_anybody_else(cluster):
+    assert {psutil.Process(pid).nice() for pid in cluster.replicas()} == {0}
 
 
 def test_refusals_keep_their_shape_on_the_way_through_the_proxy(cluster):
