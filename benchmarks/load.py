@@ -1,4 +1,4 @@
-"""A real server in a process of its own, and clients that check what they are answered."""
+"""A real server in a process of its own, and a client that is told what it refuses."""
 
 import contextlib
 import os
@@ -7,14 +7,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import orjson
 
 _DRAIN_S = 60
 
@@ -95,40 +94,4 @@ async def answer(client: httpx.AsyncClient, request: dict[str, Any]) -> dict[str
     if response.status_code != 200:
         raise RefusedError(response.status_code, response.text, response.headers)
     content: dict[str, Any] = response.json()
-    return {**content, "token_ids": content["choices"][0]["token_ids"]}
-
-
-async def streamed_answer(client: httpx.AsyncClient, request: dict[str, Any]) -> dict[str, Any]:
-    """The same put together from the events of a stream.
-
-    Raises:
-        RefusedError: It is an error, or one came in the middle.
-    """
-    texts, token_ids, last = [], [], {}
-    async with stream(client, request) as events:
-        async for event in events:
-            if "error" in event:
-                raise RefusedError(event["error"]["code"], str(event))
-            texts.append(event["text"])
-            token_ids += event["token_ids"]
-            last = event
-    return {**last, "text": "".join(texts), "token_ids": token_ids}
-
-
-@asynccontextmanager
-async def stream(
-    client: httpx.AsyncClient, request: dict[str, Any]
-) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-    """The events of a stream; leaving closes the connection."""
-    async with client.stream("POST", "/generate", json={**request, "stream": True}) as response:
-        if response.status_code != 200:
-            text = (await response.aread()).decode()
-            raise RefusedError(response.status_code, text, response.headers)
-        yield events_of(response)
-
-
-async def events_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The events of an answer that is a stream, but for ``[DONE]``."""
-    async for line in response.aiter_lines():
-        if line.startswith("data: {"):
-            yield orjson.loads(line[6:])
+    return content

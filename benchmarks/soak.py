@@ -1,8 +1,9 @@
 """A real server under a mixed load for minutes: every answer is compared with the one given alone.
 
-Requests differ in length, method, sampling and streaming; some clients leave in the middle, some
-cancel, some send what must be refused. Nothing may be lost, doubled, leaked or answered with an
-error that is not meant: the queue has room for all clients, so nobody is refused for load.
+Requests differ in route, length, method, sampling, number of choices, priority and streaming; some
+clients leave in the middle, some cancel, some send what must be refused. Nothing may be lost,
+doubled, leaked or answered with an error that is not meant: the queue has room for all clients, so
+nobody is refused for load.
 """
 
 import asyncio
@@ -16,15 +17,18 @@ from typing import Any
 
 import httpx
 
-from benchmarks.load import (
-    RefusedError,
-    RunningServer,
-    answer,
-    events_of,
-    running_server,
+from benchmarks.answers import (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    Answer,
+    Choice,
+    Question,
     stream,
     streamed_answer,
+    whole_answer,
 )
+from benchmarks.load import RefusedError, RunningServer, running_server
 
 _NUM_CLIENTS = 12
 # So few pages (128) that all are soon written to and then reclaimed from idle ones: until then the
@@ -34,6 +38,9 @@ _LEAVES, _CANCELS, _IS_BAD = 0.12, 0.05, 0.1  # shares of the requests
 _SHARES_PREFIX = 0.5  # of those that are compared
 _WARM_UP = 0.4  # share of the time after which memory is expected to stay
 _MAX_FAULTS = 20  # then it ends
+_ROUTES = (GENERATE, COMPLETIONS, CHAT)
+_NUM_CHOICES = 3  # of some that are sampled
+_PRIORITIES = (-1, 0, 0, 1)
 _TEXT = "The old man looked at the sea and thought of the boats that had gone out before dawn. "
 _METHODS: tuple[dict[str, Any], ...] = (
     {"method": "dense"},
@@ -64,7 +71,7 @@ class _Soak:
 
     client: httpx.AsyncClient
     server: RunningServer
-    requests: list[dict[str, Any]]
+    questions: list[Question]
     deadline: float = 0.0
     expected: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -76,31 +83,33 @@ class _Soak:
         """Whether time is up, or too much has gone wrong to go on."""
         return time.monotonic() >= self.deadline or len(self.faults) >= _MAX_FAULTS
 
-    def compare(self, number: int, given: dict[str, Any]) -> None:
+    def compare(self, number: int, answer: Answer) -> None:
         """Compare an answer with what was said alone; only what was computed may go by the cache.
 
         Rows that were taken over are not counted, so the prompt's counts are compared with the
-        first answer that took over as many: they may not depend on who else is there.
+        first answer that took over as many: they may not depend on who else is there. Of several
+        choices only the first tells how many it took over, so those counts are not compared.
         """
-        cached = given["usage"]["prompt_tokens_details"]["cached_tokens"]
+        cached = answer.usage["prompt_tokens_details"]["cached_tokens"]
+        is_one = len(answer.choices) == 1
         seen = {
-            "text": given["text"],
-            "token_ids": given["token_ids"],
-            "finish_reason": given["choices"][0]["finish_reason"]
-            if "choices" in given
-            else given["finish_reason"],
-            "usage": {n: given["usage"][n] for n in ("prompt_tokens", "completion_tokens")},
-            "decode": given["sparsity"]["decode"],
-            "prefill": given["sparsity"]["prefill"],
+            "choices": answer.choices,
+            "usage": {n: answer.usage[n] for n in ("prompt_tokens", "completion_tokens")},
+            "decode": answer.sparsity["decode"],
+            "prefill": answer.sparsity["prefill"] if is_one else None,
         }
         alone = self.expected.get((number, 0), seen)
         expected = self.expected.setdefault((number, cached), {**alone, "prefill": seen["prefill"]})
-        self.outcomes["tokens compared"] += len(given["token_ids"])
+        self.outcomes["tokens compared"] += answer.usage["completion_tokens"]
         self.outcomes["answers with cached tokens"] += cached > 0
         if seen != expected:
             different = {n: (seen[n], expected[n]) for n in seen if seen[n] != expected[n]}
-            method = self.requests[number]["method"]
-            self.faults.append(f"request {number} ({method}), {cached} cached: {different}")
+            self.faults.append(f"{self.describe(number)}, {cached} cached: {different}")
+
+    def describe(self, number: int) -> str:
+        """A request, for a message."""
+        question = self.questions[number]
+        return f"request {number} ({question.fields['method']}, {question.path})"
 
 
 def soak(seconds: float, seed: int = 0) -> dict[str, float]:
@@ -127,9 +136,9 @@ def soak(seconds: float, seed: int = 0) -> dict[str, float]:
 async def _load(server: RunningServer, seconds: float, seed: int) -> _Soak:
     limits = httpx.Limits(max_connections=4 * _NUM_CLIENTS)
     async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
-        run = _Soak(client, server, _requests(seed))
-        for number, request in enumerate(run.requests):
-            run.compare(number, await answer(client, _unshared(request)))
+        run = _Soak(client, server, _questions(seed))
+        for number, question in enumerate(run.questions):
+            run.compare(number, await whole_answer(client, _unshared(question)))
         run.deadline = time.monotonic() + seconds
         clients = [_client(run, random.Random(seed + 1 + n)) for n in range(_NUM_CLIENTS)]  # noqa: S311 - nothing is secret
         await asyncio.gather(_watch(run), *clients)
@@ -137,42 +146,49 @@ async def _load(server: RunningServer, seconds: float, seed: int) -> _Soak:
     return run
 
 
-def _requests(seed: int) -> list[dict[str, Any]]:
-    """The requests that repeat, each of another length."""
-    generator, requests = random.Random(seed), []  # noqa: S311 - nothing is secret here
-    for number, method in enumerate(_METHODS * 4):
+def _questions(seed: int) -> list[Question]:
+    """The requests that repeat, each of another length: every method on every route, twice."""
+    generator, questions = random.Random(seed), []  # noqa: S311 - nothing is secret here
+    for number, method in enumerate(_METHODS * 2 * len(_ROUTES)):
+        turn = number // len(_METHODS)
         start = generator.randrange(len(_TEXT))
         length = generator.choice((3, 40, 300, 2500))
-        prompt = (_TEXT * (length // len(_TEXT) + 2))[start : start + length]
-        sampling = {"temperature": 0} if number % 2 else {"temperature": 0.9, "seed": number}
-        max_tokens = generator.randint(1, 40)
-        requests.append({"prompt": prompt, "max_tokens": max_tokens, **sampling, **method})
-    return requests
+        fields: dict[str, Any] = {
+            "prompt": (_TEXT * (length // len(_TEXT) + 2))[start : start + length],
+            "max_tokens": generator.randint(1, 40),
+            "temperature": 0,
+            **method,
+        }
+        if (number + turn) % 2:
+            num_choices = 1 if turn < len(_ROUTES) else _NUM_CHOICES
+            fields |= {"temperature": 0.9, "seed": number, "n": num_choices}
+        questions.append(Question(_ROUTES[turn % len(_ROUTES)], fields))
+    return questions
 
 
-def _unshared(request: dict[str, Any]) -> dict[str, Any]:
+def _unshared(question: Question) -> Question:
     """The same with a salt of its own: all of its prompt is computed."""
-    return {**request, "cache_salt": secrets.token_hex(8)}
+    return question.with_fields(cache_salt=secrets.token_hex(8))
 
 
 async def _client(run: _Soak, chance: random.Random) -> None:
     """Ask again and again; whatever differs from what must be is a fault."""
     while not run.is_over:
-        number = chance.randrange(len(run.requests))
-        request = run.requests[number]
+        number = chance.randrange(len(run.questions))
+        question = run.questions[number].with_fields(priority=chance.choice(_PRIORITIES))
         if chance.random() >= _SHARES_PREFIX:
-            request = _unshared(request)
+            question = _unshared(question)
         try:
             kind = chance.random()
             if kind < _IS_BAD:
                 await _ask_badly(run, chance)
             elif kind < _IS_BAD + _LEAVES:
-                await _leave(run, request, chance)
+                await _leave(run, question, chance)
             elif kind < _IS_BAD + _LEAVES + _CANCELS:
-                await _cancel(run, request, number)
+                await _cancel(run, question, number)
             else:
-                ask = answer if chance.random() < 0.5 else streamed_answer
-                run.compare(number, await ask(run.client, request))
+                ask = whole_answer if chance.random() < 0.5 else streamed_answer
+                run.compare(number, await ask(run.client, question))
                 run.outcomes["answered"] += 1
         except RefusedError as refusal:
             run.faults.append(f"status {refusal.status}: {refusal.text}")
@@ -180,39 +196,40 @@ async def _client(run: _Soak, chance: random.Random) -> None:
             run.faults.append(f"{type(error).__name__}: {error}")
 
 
-async def _leave(run: _Soak, request: dict[str, Any], chance: random.Random) -> None:
+async def _leave(run: _Soak, question: Question, chance: random.Random) -> None:
     """Read some events, or nothing for a moment, then close the connection."""
     if chance.random() < 0.5:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(chance.uniform(0, 0.3)):
-                await answer(run.client, request)
+                await whole_answer(run.client, question)
     else:
         num_read = chance.randrange(4)
-        async with stream(run.client, request) as events:
+        async with stream(run.client, question) as events:
             while num_read and await anext(events, None) is not None:
                 num_read -= 1
     run.outcomes["left"] += 1
 
 
-async def _cancel(run: _Soak, request: dict[str, Any], number: int) -> None:
-    """End a stream by its id after its first event: its tokens must begin as they do alone."""
-    name, reason = secrets.token_hex(16), None
-    token_ids: list[int] = []
-    body = {**request, "stream": True}
-    headers = {"X-Request-Id": name}
-    async with run.client.stream("POST", "/generate", json=body, headers=headers) as response:
-        if response.status_code != 200:
-            text = (await response.aread()).decode()
-            raise RefusedError(response.status_code, text)
-        async for event in events_of(response):
-            if not token_ids:
+async def _cancel(run: _Soak, question: Question, number: int) -> None:
+    """End a stream by its id after its first event: its choices must begin as they do alone."""
+    name, answer, is_cancelled = secrets.token_hex(16), Answer(), False
+    async with stream(run.client, question, {"X-Request-Id": name}) as events:
+        async for event in events:
+            if not is_cancelled:
                 await run.client.post(f"/requests/{name}/cancel")  # 404 if it has just ended
-            token_ids += event["token_ids"]
-            reason = event.get("finish_reason")
-    run.outcomes["cancelled"] += reason == "abort"
-    alone = run.expected[number, 0]["token_ids"]
-    if reason is None or token_ids != alone[: len(token_ids)]:
-        run.faults.append(f"request {number}, cancelled: {token_ids} ({reason}), alone {alone}")
+                is_cancelled = True
+            answer.add(event)
+    run.outcomes["cancelled"] += any(c.finish_reason == "abort" for c in answer.choices.values())
+    alone = run.expected[number, 0]["choices"]
+    if not all(_begins(choice, alone[index]) for index, choice in answer.choices.items()):
+        run.faults.append(f"{run.describe(number)}, cancelled: {answer.choices}, alone {alone}")
+
+
+def _begins(choice: Choice, alone: Choice) -> bool:
+    """Whether a choice has ended, and is what the one given alone begins with."""
+    has_ended = choice.finish_reason is not None
+    same_ids = choice.token_ids == alone.token_ids[: len(choice.token_ids)]
+    return has_ended and same_ids and alone.text.startswith(choice.text)
 
 
 async def _ask_badly(run: _Soak, chance: random.Random) -> None:
