@@ -65,7 +65,10 @@ class TaskWriter:
         return self._plant(rng, length, pieces, question, number)
 
     def chain(self, rng: np.random.Generator, length: int) -> Task:
-        """Two chains of variables, the last variable of one of them asked."""
+        """Two chains of variables, the last variable of one of them asked.
+
+        The answer follows the chain in writing, back to its value; all of it has to be right.
+        """
         pieces: list[Piece] = []
         ends = []
         names = _names(rng, 2 * CHAIN_LINKS)
@@ -75,9 +78,10 @@ class TaskWriter:
             lines += [f"\nVAR {name} = VAR {before}.\n" for before, name in pairwise(chain)]
             places = np.sort(rng.random(CHAIN_LINKS)).tolist()
             pieces += zip(places, map(self.encode, lines), strict=True)
-            ends.append((chain[-1], value))
-        name, value = ends[int(rng.integers(2))]
-        return self._plant(rng, length, pieces, f"\nFind the value of VAR {name} =", value)
+            followed = "".join(f" VAR {name} =" for name in reversed(chain[:-1]))
+            ends.append((chain[-1], followed + value))
+        name, answer = ends[int(rng.integers(2))]
+        return self._plant(rng, length, pieces, f"\nFind the value of VAR {name} =", answer)
 
     def copy(self, rng: np.random.Generator, length: int) -> Task:
         """A span of the passage begins again at the end; it has to go on as it did before."""

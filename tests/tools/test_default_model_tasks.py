@@ -108,11 +108,14 @@ def test_a_chains_question_is_answered_by_following_its_definitions(
         trial = writer.variable_chain(rng, corpus.tokens[:2000], 3)
         text = tokenizer.decode(trial.ids.tolist())
         defined = dict(re.findall(r"\nVAR ([a-z ]+?) = (VAR [a-z ]+|\d{5})\.", text))
-        name, answer = re.findall(r"\nFind the value of VAR ([a-z ]+) = (\d{5})$", text)[0]
-        for _ in range(2):
-            name = defined[name].removeprefix("VAR ")
-        assert defined[name] == answer
-        assert tokenizer.decode(trial.ids[-trial.answer_length :].tolist()) == answer
+        asked, answer = re.findall(r"\nFind the value of VAR ([a-z ]+?) = (.*)$", text)[0]
+        followed = [defined[asked]]
+        while followed[-1].startswith("VAR "):
+            followed.append(defined[followed[-1].removeprefix("VAR ")])
+        assert len(followed) == 3
+        assert " = ".join(followed) == answer
+        told = tokenizer.decode(trial.ids[-trial.answer_length :].tolist())
+        assert told.strip() == answer
 
 
 def test_a_chain_is_asked_once_so_that_no_answer_can_be_copied_from_another(

@@ -21,16 +21,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tools.default_model.attention import OBSERVED, attention_report
 from tools.default_model.corpus import Corpus, Tokens
 from tools.default_model.recipe import BOS_ID, EOS_ID, PAD_ID
-from tools.default_model.sparsity import densities, tile_row_maxima
 from tools.default_model.tasks import TaskWriter, Trial
 
 logger = logging.getLogger(__name__)
 
-Densities = dict[str, dict[str, float]]
 MakeTrial = Callable[[np.random.Generator, Tokens], Trial]
-THRESHOLDS = (1e-4, 1e-3, 0.005, 0.02, 0.05, 0.1, 0.3, 0.5)
 PROMPTS = (
     "The old captain walked slowly down to the harbour, and",
     '"I do not believe you," said Elizabeth,',
@@ -101,53 +99,6 @@ class Examiner:
         return bool(choices == trial.ids[-length:].tolist())
 
 
-@dataclass(frozen=True)
-class AttentionReport:
-    """Where the attention mass lies, and which part of the causal tiles each rule computes.
-
-    Attributes:
-        mass_on_position_0: mean over heads and rows past the first tile, by layer.
-        density: by visiting order and threshold, the mean of `density_by_layer`.
-    """
-
-    tokens: int
-    mass_on_position_0: list[float]
-    density: Densities
-    density_by_layer: list[Densities]
-
-
-@torch.no_grad()
-def attention_report(model: PreTrainedModel, ids: Tokens) -> AttentionReport:
-    """Return the attention mass on position 0 by layer and the densities of the threshold rules.
-
-    Args:
-        model: loaded with eager attention in float32, so that it returns its probabilities.
-        ids: [T], a multiple of the tile.
-    """
-    sinks: list[float] = []
-    found: list[Densities] = []
-
-    def observe(_module: object, _inputs: object, output: tuple[Tensor, Tensor]) -> None:
-        # Log-probabilities differ from logits by a constant per row: the rules see no difference.
-        maxima = torch.stack([tile_row_maxima(head).log() for head in output[1][0]])
-        sinks.append(output[1][0, :, 128:, 0].mean().item())
-        found.append(densities(maxima, THRESHOLDS))
-
-    layers = [m for name, m in model.named_modules() if name.endswith("self_attn")]
-    hooks = [layer.register_forward_hook(observe) for layer in layers]
-    model(torch.from_numpy(ids.astype(np.int64))[None].to(model.device), logits_to_keep=1)
-    for hook in hooks:
-        hook.remove()
-    mean = {
-        order: {
-            threshold: float(np.mean([layer[order][threshold] for layer in found]))
-            for threshold in found[0][order]
-        }
-        for order in found[0]
-    }
-    return AttentionReport(len(ids), sinks, mean, found)
-
-
 @torch.no_grad()
 def samples(model: PreTrainedModel, folder: Path, num_tokens: int) -> list[dict[str, str]]:
     """Return greedy continuations and ones at temperature 0.8, as they come."""
@@ -183,7 +134,7 @@ class Exam:
     segment: int = 32768
     num_segments: int = 24
     num_trials: int = 100
-    attention_contexts: tuple[int, ...] = (6272, 16384)
+    attention_contexts: tuple[int, ...] = (4096, 16384, 32768)
     sample_tokens: int = 120
 
     def report(self, examiner: Examiner, folder: Path) -> dict[str, object]:
@@ -203,7 +154,7 @@ class Exam:
         return found
 
     def _attention(self, examiner: Examiner, folder: Path) -> list[dict[str, object]]:
-        model = load_model(folder, examiner.model.device, torch.float32, attention="eager")
+        model = load_model(folder, examiner.model.device, torch.float32, attention=OBSERVED)
         reports = []
         for context in self.attention_contexts:
             rng = np.random.default_rng(11)

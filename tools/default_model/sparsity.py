@@ -6,7 +6,6 @@ seen the tiles before; diagonal first it has also seen the row's own tile, and t
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -42,19 +41,23 @@ def soft_density(query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
     return (kept * counted).sum() / counted.sum().clamp(min=1)
 
 
-def kept_tiles(maxima: Tensor, threshold: float, *, diagonal_first: bool) -> Tensor:
+def kept_tiles(
+    maxima: Tensor, threshold: float, *, diagonal_first: bool, first_tile: int = 0
+) -> Tensor:
     """Return which tiles are computed, [..., query tiles, key tiles].
 
     Args:
-        maxima: [..., T, tiles] row maxima of causally masked logits, -inf where nothing is seen.
+        maxima: [..., rows, key tiles] row maxima of causally masked logits, -inf where nothing is
+            seen; whole tiles of rows.
         threshold: lambda.
         diagonal_first: whether a row's own tile and tile 0 are visited before the others.
+        first_tile: the tile of the first row.
     """
-    num_tiles = maxima.shape[-1]
+    num_tiles = maxima.shape[-2] // TILE
+    tiles = torch.arange(first_tile, first_tile + num_tiles, device=maxima.device)
     running = maxima.cummax(-1).values.roll(1, -1)
     running[..., 0] = -torch.inf
     if diagonal_first:
-        tiles = torch.arange(num_tiles, device=maxima.device)
         own = tiles.repeat_interleave(TILE)[:, None]  # [T, 1]
         first = maxima.gather(-1, own.expand(*maxima.shape[:-1], 1))
         running = torch.maximum(running, torch.maximum(first, maxima[..., :1]))
@@ -62,18 +65,16 @@ def kept_tiles(maxima: Tensor, threshold: float, *, diagonal_first: bool) -> Ten
     kept: Tensor = needed.unflatten(-2, (num_tiles, TILE)).any(-2)
     kept[..., 0] = True
     if diagonal_first:
-        kept |= torch.eye(num_tiles, dtype=torch.bool, device=kept.device)
+        kept |= tiles[:, None] == torch.arange(maxima.shape[-1], device=kept.device)
     return kept
 
 
-def densities(maxima: Tensor, thresholds: Iterable[float]) -> dict[str, dict[str, float]]:
-    """Return the part of the causal tiles kept, by visiting order and threshold."""
-    num_tiles = maxima.shape[-1]
-    causal = num_tiles * (num_tiles + 1) / 2
-    found: dict[str, dict[str, float]] = {"left_to_right": {}, "diagonal_first": {}}
-    for threshold in thresholds:
-        for order, by_threshold in found.items():
-            kept = kept_tiles(maxima, threshold, diagonal_first=order == "diagonal_first")
-            part = kept.sum((-1, -2)).float().mean().item() / causal
-            by_threshold[str(threshold)] = part
-    return found
+def tiles_of_mass(masses: Tensor, part: float) -> Tensor:
+    """Return how many key tiles hold this part of each query tile's mass, at best.
+
+    Args:
+        masses: [..., key tiles], summing to 1.
+        part: 0 to 1.
+    """
+    held = masses.sort(-1, descending=True).values.cumsum(-1)
+    return (held < part).sum(-1).clamp(max=masses.shape[-1] - 1) + 1

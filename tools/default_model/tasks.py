@@ -29,7 +29,7 @@ class Trial:
 
     Attributes:
         ids: [context] tokens.
-        answer_length: how many of the last tokens are the answer (its digits).
+        answer_length: how many of the last tokens are the answer.
     """
 
     ids: Tokens
@@ -59,6 +59,7 @@ class TaskWriter:
                 "\nVAR",
                 " =",
                 " = VAR",
+                " VAR",
                 "\nFind the value of VAR",
             )
         }
@@ -87,15 +88,23 @@ class TaskWriter:
         asked = self._write("\nWhat is the special magic number for", name)
         return asked + self._write("? The special magic number for", name, " is:")
 
-    def chain(self, rng: np.random.Generator, length: int) -> tuple[list[Ids], list[Ids], Ids]:
-        """Return a chain's definitions in order, a question for each variable, and its value."""
+    def chain(
+        self, rng: np.random.Generator, length: int
+    ) -> tuple[list[Ids], list[tuple[Ids, Ids]]]:
+        """Return a chain's definitions in order, and a question and its answer for each variable.
+
+        An answer follows the chain in writing, one variable after another back to the value: eight
+        layers can look up each of them, but not all of them behind one token.
+        """
         names = [self.name(rng) for _ in range(length)]
-        value = self.number(rng, CHAIN_DIGITS)
-        definitions = [self._write("\nVAR", names[0], " =", value, ".\n")]
+        answer = self.number(rng, CHAIN_DIGITS)
+        definitions = [self._write("\nVAR", names[0], " =", answer, ".\n")]
+        questions = [(self._write("\nFind the value of VAR", names[0], " ="), answer)]
         for before, name in pairwise(names):
             definitions.append(self._write("\nVAR", name, " = VAR", before, ".\n"))
-        questions = [self._write("\nFind the value of VAR", name, " =") for name in names]
-        return definitions, questions, value
+            answer = self._write(" VAR", before, " =", answer)
+            questions.append((self._write("\nFind the value of VAR", name, " ="), answer))
+        return definitions, questions
 
     def fact_tasks(self, rng: np.random.Generator) -> list[list[Piece]]:
         """Draw 1 to 16 facts, 1 to 8 of them asked; half of the questions wait for the end."""
@@ -120,12 +129,12 @@ class TaskWriter:
         """
         tasks: list[list[Piece]] = []
         for _ in range(int(rng.integers(1, MAX_CHAINS + 1))):
-            definitions, questions, value = self.chain(rng, int(rng.integers(1, 4)))
+            definitions, questions = self.chain(rng, int(rng.integers(1, 4)))
             places = np.sort(rng.random(len(definitions))).tolist()
             pieces = list(zip(places, definitions, strict=True))
-            asked = questions[int(rng.integers(len(questions)))]
+            question, answer = questions[int(rng.integers(len(questions)))]
             asked_at = AT_END if rng.random() < 0.5 else rng.uniform(places[-1], 1.0)
-            pieces.append((asked_at, self._write(asked, value, ".\n")))
+            pieces.append((asked_at, self._write(question, answer, ".\n")))
             tasks.append(pieces)
         return tasks
 
@@ -176,12 +185,13 @@ class TaskWriter:
         """Return a trial with two chains in the window and the last variable of one asked."""
         chains = [self.chain(rng, length) for _ in range(2)]
         pieces: list[Piece] = []
-        for definitions, _, _ in chains:
+        for definitions, _ in chains:
             places = np.sort(rng.random(length)).tolist()
             pieces += zip(places, definitions, strict=True)
-        _, questions, value = chains[int(rng.integers(2))]
-        pieces.append((AT_END, questions[-1] + value))
-        return Trial(with_pieces(window, pieces), CHAIN_DIGITS)
+        _, questions = chains[int(rng.integers(2))]
+        question, answer = questions[-1]
+        pieces.append((AT_END, question + answer))
+        return Trial(with_pieces(window, pieces), len(answer))
 
 
 def single_token_words(tokenizer: Tokenizer) -> list[str]:

@@ -73,10 +73,10 @@ def test_a_chain_leads_to_the_value_that_is_asked(writer):
     links = dict(re.findall(r"\nVAR (\w+ \w+) = VAR (\w+ \w+)\.\n", text))
     assert len(values) == 2
     assert len(links) == 4
-    (name,) = re.findall(r"\nFind the value of VAR (\w+ \w+) =$", text)
-    for _ in range(2):
-        name = links[name]
-    assert answer == f" {values[name]}"
+    (last,) = re.findall(r"\nFind the value of VAR (\w+ \w+) =$", text)
+    before = links[last]
+    first = links[before]
+    assert answer == f" VAR {before} = VAR {first} = {values[first]}"
 
 
 def test_a_copied_span_is_in_the_passage_with_its_continuation(writer):
