@@ -50,18 +50,19 @@ class Submission:
     generation: Followed
 
 
-def get_holder(request: Request) -> EngineHolder:
+# Dependencies are coroutines, though nothing is awaited: FastAPI sends plain functions to a thread.
+async def get_holder(request: Request) -> EngineHolder:
     """The place of the engine, loaded or not."""
     holder: EngineHolder = request.app.state.holder
     return holder
 
 
-def get_engine(holder: Annotated[EngineHolder, Depends(get_holder)]) -> Engine:
+async def get_engine(holder: Annotated[EngineHolder, Depends(get_holder)]) -> Engine:
     """The engine; 503 while it loads."""
     return holder.engine
 
 
-def query_method(
+async def query_method(
     request: Request,
     method: Annotated[str | None, Query(description="Name from GET /methods.")] = None,
     version: Annotated[str | None, Query(description="Version of the method.")] = None,
