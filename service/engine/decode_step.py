@@ -46,25 +46,34 @@ class DecodeShape:
         num_rows: Rows, padding included.
         num_pages: Most pages of a row.
         has_thresholds: Whether any row may skip blocks inside the softmax; lambda is data.
-        methods: The methods that select pages or adapt thresholds, in a fixed order.
+        has_summaries: Whether pages that are written to get summaries.
+        methods: The methods that select pages or adapt thresholds for any row, in a fixed order.
     """
 
     num_rows: int
     num_pages: int
     has_thresholds: bool
+    has_summaries: bool
     methods: tuple[SparseAttentionMethod, ...]
 
     @classmethod
     def of(cls, chunks: Items[Chunk]) -> "DecodeShape":
         """The smallest shape, of few, that the chunks fit into."""
         most_pages = max(len(chunk.sequence.pages) for chunk in chunks)
-        methods = {chunk.sequence.method for chunk in chunks}
-        asked = [m for m in methods if overrides(m, "select_decode") or _is_adaptive(m)]
+        longest: dict[SparseAttentionMethod, int] = {}
+        for chunk in chunks:
+            method = chunk.sequence.method
+            longest[method] = max(longest.get(method, 0), chunk.stop)
+        asked = [m for m in longest if overrides(m, "select_decode") or _is_adaptive(m)]
+        # Rows below the break-even of their method read everything: nothing is chosen for them.
+        in_force = [m for m in asked if longest[m] >= m.break_even(Phase.DECODE)]
         return cls(
             num_rows=_rounded(len(chunks)),
             num_pages=_rounded(most_pages),
-            has_thresholds=any(overrides(method, "skip_threshold") for method in methods),
-            methods=tuple(sorted(asked, key=repr)),
+            has_thresholds=any(overrides(method, "skip_threshold") for method in longest),
+            # Of all of them: a row that grows past the break-even needs those of all its pages.
+            has_summaries=any(method.uses_summaries for method in asked),
+            methods=tuple(sorted(in_force, key=repr)),
         )
 
 
@@ -134,7 +143,6 @@ class DecodeStep:
         pages = self._fields[:, NUM_FIELDS:]
         own_pages = pages.gather(1, positions[:, None] // self._block_size)[:, 0]
         offsets = positions % self._block_size
-        uses_summaries = any(method.uses_summaries for method in methods)
         decode_row = PHASES.index(Phase.DECODE)
         return AttentionBatch(
             slot_mapping=own_pages * self._block_size + offsets,
@@ -147,7 +155,7 @@ class DecodeStep:
             diagonal_first=self._fields[:, DIAGONAL_FIRST].bool() if has_thresholds else None,
             segments=(
                 PageSegments(own_pages, torch.ones_like(own_pages), offsets > 0)
-                if uses_summaries
+                if self.shape.has_summaries
                 else None
             ),
             scores_pages=any(overrides(method, "score_pages") for method in methods),

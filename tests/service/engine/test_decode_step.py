@@ -74,9 +74,33 @@ def test_what_differs_between_requests_is_data_except_for_methods_that_select():
     step = [Chunk(sequence, sequence.num_prompt_tokens, 1) for sequence in made]
     shape = DecodeShape.of(step)
     assert (shape.num_rows, shape.num_pages, shape.has_thresholds) == (6, 6, True)
-    assert len(shape.methods) == 2
+    [method] = shape.methods
+    assert method == made[1].method, "the other one is below its break-even"
     assert DecodeShape.of(step[:1]) == DecodeShape.of(step[:1])
     assert DecodeShape.of(step[3:4]).methods == ()
+
+
+def test_a_row_grows_past_its_break_even_without_a_seam():
+    """Until then nothing is chosen for it, but its pages get the summaries that it needs then."""
+    one, other = runner(), runner()
+    [sequence, *_] = sequences(allocator := PageAllocator(64, BLOCK))
+    knobs = {"budget_pages": 2, "top_p": None, "dense_below": 60}
+    sequence.method = get_sparse_method("quest", "v1")(knobs)
+    allocator.try_reserve(sequence, 80)
+    for each in (one, other):
+        each.run([Chunk(sequence, 0, sequence.num_prompt_tokens)])
+    shapes = []
+    for start in range(sequence.num_prompt_tokens, 75):
+        step = [Chunk(sequence, start, 1)]
+        shapes.append(DecodeShape.of(step))
+        expected, _ = one.run(step)
+        assert torch.allclose(other.run_padded_step(step), expected, atol=1e-4), start
+        sequence.output_ids.append(7 + start)
+    assert all(shape.has_summaries for shape in shapes)
+    chooses = [bool(shape.methods) for shape in shapes]
+    assert chooses == [start + 1 >= 60 for start in range(sequence.num_prompt_tokens, 75)]
+    assert other.statistics(sequence) == one.statistics(sequence)
+    assert one.statistics(sequence).overall.sparsity > 0
 
 
 def test_rounding_wastes_at_most_half_of_what_is_there():
