@@ -17,6 +17,8 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+PROMPT = "The old house stood at the end of the road, and"
+CHAT: list[Any] = [{"role": "user", "content": "Who lives in the old house?"}]
 
 
 def free_port() -> int:
@@ -137,3 +139,19 @@ def start_server():
 @pytest.fixture(scope="session")
 def planted():
     return json.loads((ROOT / "examples" / "planted_number.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """OpenAI's, a package that nothing else here needs."""
+    import openai
+
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def model(client):
+    """The name of the served one."""
+    (card,) = client.models.list().data
+    return card.id

@@ -7,6 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytest.register_assert_rewrite(  # what tests share tells of a failure as they do
+    "tests.service.engine.faults.injection", "tests.service.engine.stepping"
+)
 TOKENIZER_DIR = Path(__file__).parent.parent.parent / "service" / "default_model"
 
 

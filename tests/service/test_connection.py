@@ -2,10 +2,8 @@
 
 import contextlib
 import re
-import select
 import socket
 import time
-from dataclasses import dataclass
 
 import httpx
 import orjson
@@ -14,70 +12,7 @@ import pytest
 from service.connection import MAX_HEAD_BYTES, MAX_HEADERS
 from service.settings import Settings
 from tests.service.fake_engine import FakeEngine, running_server, wait_until
-
-BODY = b'{"prompt": "p"}'
-POST = (
-    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    b"Content-Length: %d\r\n\r\n" % len(BODY)
-)
-GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-@dataclass
-class Answer:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def error_type(self) -> str:
-        return str(orjson.loads(self.body)["error"]["type"])
-
-
-def answers(data: bytes) -> list[Answer]:
-    """Split what a connection received into its responses."""
-    found = []
-    while data:
-        head, _, data = data.partition(b"\r\n\r\n")
-        lines = head.decode("ascii").split("\r\n")
-        headers = {k.lower(): v for k, _, v in (line.partition(": ") for line in lines[1:])}
-        body = b""
-        if headers.get("transfer-encoding") == "chunked":
-            while True:
-                size, _, data = data.partition(b"\r\n")
-                body, data = body + data[: int(size, 16)], data[int(size, 16) + 2 :]
-                if int(size, 16) == 0:
-                    break
-        else:
-            length = int(headers.get("content-length", 0))
-            body, data = data[:length], data[length:]
-        found.append(Answer(int(lines[0].split(" ")[1]), headers, body))
-    return found
-
-
-class Client:
-    """A raw connection."""
-
-    def __init__(self, address: str) -> None:
-        host, port = address.removeprefix("http://").split(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=20)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.socket.close()
-
-    def send(self, data: bytes) -> None:
-        with contextlib.suppress(ConnectionError):  # refused before all of it was sent
-            self.socket.sendall(data)
-
-    def until_closed(self) -> list[Answer]:
-        data = b""
-        with contextlib.suppress(ConnectionResetError):
-            while part := self.socket.recv(65536):
-                data += part
-        return answers(data)
+from tests.service.raw_connection import BODY, GET, POST, Client, answers, assert_still_works, head
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +24,6 @@ def engine():
 def address(engine):
     with running_server(engine) as one:
         yield one
-
-
-def assert_still_works(address: str) -> None:
-    assert httpx.post(address + "/generate", json={"prompt": "p"}).status_code == 200
-
-
-def head(*lines: bytes, start: bytes = b"GET /health/live HTTP/1.1") -> bytes:
-    return b"\r\n".join([start, b"Host: x", *lines, b"", b""])
 
 
 MALFORMED = {
@@ -341,74 +268,3 @@ def test_answers_without_an_application_are_counted_and_logged(address, caplog):
     assert count(400) == before + 1
     logged = [vars(record).get("request_id") for record in caplog.records]
     assert answer.headers["x-request-id"] in logged
-
-
-def test_connections_beyond_the_limit_are_good_for_probes_only():
-    engine = FakeEngine(Settings(max_connections=3))
-    with running_server(engine) as address, contextlib.ExitStack() as stack:
-        for _ in range(3):
-            stack.enter_context(Client(address)).send(b"GET / HT")
-        with Client(address) as client:
-            client.send(POST + BODY)
-            [answer] = client.until_closed()
-        assert (answer.status, answer.error_type) == (429, "TooManyRequestsError")
-        assert answer.headers["retry-after"]
-        for path in ("/health", "/health/live", "/health/ready", "/metrics"):
-            assert httpx.get(address + path).status_code == 200
-    assert not engine.requests
-
-
-def is_dropped(client: Client) -> bool:
-    client.socket.settimeout(0.01)
-    try:
-        return client.socket.recv(1) == b""
-    except ConnectionResetError:
-        return True
-    except TimeoutError:
-        return False
-
-
-def test_connections_far_beyond_the_limit_are_dropped():
-    with (
-        running_server(FakeEngine(Settings(max_connections=1))) as address,
-        contextlib.ExitStack() as stack,
-    ):
-        clients = [stack.enter_context(Client(address)) for _ in range(80)]
-        for client in clients:
-            client.send(b"GET / HT")
-        wait_until(lambda: sum(map(is_dropped, clients)) == 80 - 1 - 64)
-        for client in clients[:40]:
-            client.socket.close()
-        wait_until(lambda: is_answered(address))
-
-
-def is_answered(address: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(address + "/health/live").status_code == 200
-    return False
-
-
-def readable(clients: list[Client]) -> list[Client]:
-    by_socket = {client.socket: client for client in clients}
-    return [by_socket[one] for one in select.select(list(by_socket), [], [], 0)[0]]
-
-
-def test_the_memory_for_bodies_that_are_being_read_is_limited():
-    engine = FakeEngine(Settings(max_body_bytes=1024))
-    with running_server(engine) as address, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(Client(address)) for _ in range(40)]
-        for client in clients:
-            client.send(POST.replace(b"15", b"1001") + b" " * 1000)
-        wait_until(lambda: len(readable(clients)) == 8)
-        refused = readable(clients)
-        for client in refused:
-            [answer] = answers(client.socket.recv(65536))
-            assert (answer.status, answer.error_type) == (429, "TooManyRequestsError")
-            assert answer.headers["retry-after"]
-        assert httpx.get(address + "/health").status_code == 200
-        for client in clients:
-            if client in refused:
-                continue
-            client.send(b"{")  # complete, though not JSON
-            assert client.socket.recv(65536).startswith(b"HTTP/1.1 400")
-        assert_still_works(address)

@@ -4,12 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from fastapi import Request, Response
 from pydantic import BaseModel, Field
 
 from service.api.answers import SparsityBlock, Usage, sparsity, usage
 from service.api.collecting import Collected, collect
 from service.api.openai.fields import OpenAIFields
 from service.api.openai.submission import OpenAISubmission
+from service.api.streaming import EventStream, as_json, unless_client_leaves
 from service.engine.sequence import Finish, Update
 
 
@@ -50,8 +52,23 @@ class Shape(ABC):
         """The same of a chunk that an update makes."""
 
 
-async def answer(shape: Shape, body: OpenAIFields, submission: OpenAISubmission) -> dict[str, Any]:
-    """Wait for all choices and answer in one piece."""
+async def respond(
+    request: Request, shape: Shape, body: OpenAIFields, submission: OpenAISubmission
+) -> Response:
+    """Answer in one piece, or with ``stream`` in chunks, as server-sent events.
+
+    Raises:
+        ClientGoneError: The client left before the answer started.
+    """
+    if body.stream:
+        await unless_client_leaves(request.receive, submission.has_begun())
+        return EventStream(submission.updates, _ChunkWriter(shape, body, submission))
+    content = await unless_client_leaves(request.receive, _whole(shape, body, submission))
+    return Response(as_json(content), media_type="application/json")
+
+
+async def _whole(shape: Shape, body: OpenAIFields, submission: OpenAISubmission) -> dict[str, Any]:
+    """Wait for all choices, and answer in one piece."""
     num_choices = len(submission.prompts) * submission.num_choices
     choices, finishes = await collect(submission.updates, num_choices)
     return {
@@ -66,7 +83,7 @@ async def answer(shape: Shape, body: OpenAIFields, submission: OpenAISubmission)
     }
 
 
-class ChunkWriter:
+class _ChunkWriter:
     """Answers in chunks: what closes the last choice has the ``sparsity`` block, too."""
 
     def __init__(self, shape: Shape, body: OpenAIFields, submission: OpenAISubmission) -> None:

@@ -13,7 +13,7 @@ from service.api.body import documented_body, parsed_body
 from service.api.collecting import Collected
 from service.api.deps import EngineDep, MethodQueryDep, choose_method
 from service.api.errors import documented_errors
-from service.api.openai.answering import Answer, ChunkWriter, Shape, answer
+from service.api.openai.answering import Answer, Shape, respond
 from service.api.openai.fields import OpenAIFields
 from service.api.openai.harmless import HarmlessChatFields
 from service.api.openai.logprobs import ChatLogprobs, report_chat
@@ -24,7 +24,6 @@ from service.api.openai.submission import (
     submit_all,
     works_of,
 )
-from service.api.streaming import EventStream, as_json, unless_client_leaves
 from service.engine.chat_template import ChatPrompt
 from service.engine.engine import Engine
 from service.engine.sequence import TokenLogprob, Update
@@ -163,9 +162,4 @@ async def chat(
 ) -> Response:
     """Answer a chat as OpenAI does; with ``stream``, send chunks as server-sent events."""
     body, submission = work
-    shape = ChatShape(body, submission)
-    if body.stream:
-        await unless_client_leaves(request.receive, submission.has_begun())
-        return EventStream(submission.updates, ChunkWriter(shape, body, submission))
-    content = await unless_client_leaves(request.receive, answer(shape, body, submission))
-    return Response(as_json(content), media_type="application/json")
+    return await respond(request, ChatShape(body, submission), body, submission)

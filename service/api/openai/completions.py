@@ -12,7 +12,7 @@ from service.api.body import documented_body, parsed_body
 from service.api.collecting import Collected
 from service.api.deps import EngineDep, MethodQueryDep, choose_method
 from service.api.errors import documented_errors
-from service.api.openai.answering import Answer, ChunkWriter, Shape, answer
+from service.api.openai.answering import Answer, Shape, respond
 from service.api.openai.fields import OpenAIFields, in_words
 from service.api.openai.harmless import Only
 from service.api.openai.logprobs import CompletionLogprobs, CompletionReporter
@@ -23,7 +23,6 @@ from service.api.openai.submission import (
     works_of,
 )
 from service.api.schemas import TokenId
-from service.api.streaming import EventStream, as_json, unless_client_leaves
 from service.engine.sequence import SamplingParams, Update
 
 router = APIRouter(tags=["openai"])
@@ -180,9 +179,4 @@ async def complete(
 ) -> Response:
     """Complete prompts as OpenAI does; with ``stream``, send chunks as server-sent events."""
     body, submission = work
-    shape = CompletionShape(body, submission)
-    if body.stream:
-        await unless_client_leaves(request.receive, submission.has_begun())
-        return EventStream(submission.updates, ChunkWriter(shape, body, submission))
-    content = await unless_client_leaves(request.receive, answer(shape, body, submission))
-    return Response(as_json(content), media_type="application/json")
+    return await respond(request, CompletionShape(body, submission), body, submission)

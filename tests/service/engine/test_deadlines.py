@@ -7,8 +7,7 @@ import pytest
 from service.engine.deadlines import Deadlines
 from service.engine.sequence import FinishReason, Sequence, Update
 from service.errors import QueueTimeoutError
-from tests.service.engine.test_core import engine_of
-from tests.service.engine.test_prefix_reuse import sequence_of, tokens_of
+from tests.service.engine.stepping import engine_of, sequence_of, tokens_of
 
 
 def sequence(queue_deadline=1e9, deadline=1e9, started_at=None):

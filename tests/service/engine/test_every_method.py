@@ -1,7 +1,5 @@
 """What chunks, batches, padded steps and starting over must not change, for every method."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -10,42 +8,13 @@ from service.engine.model_runner import ModelRunner
 from service.engine.scheduler import Chunk
 from service.engine.sequence import SamplingParams, Sequence
 from service.models.loading import load_model
-from sparse_methods import get_sparse_method, list_sparse_methods
 from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.statistics import RequestStatistics
+from tests.service.engine.stepping import BLOCK, IDS, method_of
 
-BLOCK = 16
 LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, 10 * BLOCK, 12 * BLOCK + 2)
 NUM_GENERATED = 20
-KNOBS: dict[str, dict[str, Any]] = {  # such that something is left out here
-    "block_topk@v1": {"min_blocks": 3},
-    "flash_skip_softmax@v1": {
-        "threshold": {"prefill": 0.5, "decode": 0.9},
-        "br": BLOCK,
-        "bc": BLOCK,
-    },
-    "flash_skip_softmax@v2": {"prefill_threshold": 0.9, "decode_threshold": 0.3},
-    "flashprefill@v1": {"alpha": 0.7, "window_blocks": 1},
-    "hybrid@v1": {
-        "prefill": "flashprefill",
-        "prefill_params": {"alpha": 0.7, "window_blocks": 1, "dense_below": 0},
-        "decode": "quest",
-        "decode_params": {"dense_below": 0},
-    },
-    "predictive_skip@v1": {"threshold": 0.9, "margin": 0.0},
-    "snapkv@v1": {"budget_pages": 2},
-    "xattention@v1": {"tau": 0.7},
-}
-IDS = [f"{name}@{version}" for name, all_of in list_sparse_methods().items() for version in all_of]
 Outcome = tuple[dict[str, RequestStatistics], dict[tuple[str, int], torch.Tensor]]
-
-
-def method_of(method_id: str) -> SparseAttentionMethod:
-    cls = get_sparse_method(*method_id.split("@"))
-    knobs = dict(KNOBS.get(method_id, {}))
-    if "dense_below" in cls.Knobs.model_fields:
-        knobs["dense_below"] = 0
-    return cls(knobs)
 
 
 class Played:

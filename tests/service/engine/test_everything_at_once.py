@@ -17,9 +17,7 @@ from service.engine.grammar import Grammar, GrammarCompiler, Matcher
 from service.engine.prefix import PrefixKeys
 from service.engine.sequence import Finish, Sequence, Update
 from sparse_methods import Phase
-from tests.service.engine.test_core import engine_of
-from tests.service.engine.test_every_method import BLOCK, IDS, method_of
-from tests.service.engine.test_prefix_reuse import sequence_of, tokens_of
+from tests.service.engine.stepping import BLOCK, IDS, engine_of, method_of, sequence_of, tokens_of
 
 STEMS = [tokens_of(20 + index, 6 * BLOCK) for index in range(2)]
 METHODS = [

@@ -11,9 +11,7 @@ from service.engine.engine import Engine
 from service.engine.events import FaultKind
 from service.engine.sequence import Sequence, Update
 from service.errors import ServiceError, UnavailableError
-from tests.service.engine.test_core import engine_of
-from tests.service.engine.test_every_method import BLOCK
-from tests.service.engine.test_prefix_reuse import sequence_of, tokens_of
+from tests.service.engine.stepping import BLOCK, engine_of, sequence_of, tokens_of
 
 
 @pytest.fixture(params=[False, True], ids=["waits", "runs-ahead"])

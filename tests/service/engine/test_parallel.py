@@ -17,7 +17,9 @@ from sparse_methods import Phase, get_sparse_method
 from sparse_methods.calibration.artifact import Fit, MethodCalibration, PhaseCalibration
 from sparse_methods.methods.block_topk_v1 import BlockTopK
 from sparse_methods.methods.hybrid_v1 import Hybrid
-from tests.service.engine.test_core import (
+from tests.service.engine.stepping import (
+    BLOCK,
+    IDS,
     NUM_PAGES,
     PAGE_BYTES,
     Counting,
@@ -26,7 +28,6 @@ from tests.service.engine.test_core import (
     play,
     requests_of,
 )
-from tests.service.engine.test_every_method import BLOCK, IDS
 
 pytestmark = pytest.mark.timeout(240)  # processes that import torch, on two slow cores
 

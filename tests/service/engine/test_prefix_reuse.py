@@ -8,38 +8,21 @@ import pytest
 import torch
 
 from service.engine.engine import Engine
-from service.engine.generation import build_sequence
 from service.engine.kv_cache import PageAllocator
 from service.engine.model_runner import ModelRunner
-from service.engine.prefix import PrefixKeys
 from service.engine.scheduler import Chunk
-from service.engine.sequence import FinishReason, SamplingParams, Sequence, Update
+from service.engine.sequence import FinishReason, Sequence, Update
 from service.errors import GenerationError
 from service.models.loading import load_model
 from sparse_methods import Phase, get_sparse_method
 from sparse_methods.calibration.artifact import Fit, MethodCalibration, PhaseCalibration
 from sparse_methods.method import SparseAttentionMethod
 from sparse_methods.statistics import RequestStatistics
-from tests.service.engine.test_core import engine_of
-from tests.service.engine.test_every_method import BLOCK, IDS, method_of
+from tests.service.engine.stepping import BLOCK, IDS, engine_of, method_of, sequence_of, tokens_of
 
 NUM_GENERATED = 20
 SHARED = 7 * BLOCK + 5
 HIT = 7 * BLOCK
-
-
-def tokens_of(seed: int, length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(8, 4000, (length,), generator=generator).tolist()
-
-
-def sequence_of(prompt_ids, method="dense@v1", salt=None, index=0, **sampling) -> Sequence:
-    if isinstance(method, str):
-        method = method_of(method)
-    sampling = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True, **sampling}
-    one = build_sequence("r", prompt_ids, method, SamplingParams(**sampling), index)
-    one.prefix = PrefixKeys(prompt_ids, BLOCK, method, salt)
-    return one
 
 
 class Playground:

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from service.engine.prompt_logprobs import num_prompt_rows, prompt_reports
 from service.engine.scheduler import Chunk
 from service.engine.sequence import SamplingParams
-from tests.service.engine.test_core import NUM_PAGES, Request, engine_of, play
-from tests.service.engine.test_engine import prompt_of
+from tests.service.engine.driving import prompt_of
+from tests.service.engine.stepping import NUM_PAGES, Request, engine_of, play
 
 REPORTED = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, prompt_logprobs=3)
 

@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from service.engine.prompt_shares import PromptShares
-from tests.service.engine.test_every_method import BLOCK
-from tests.service.engine.test_prefix_reuse import sequence_of, tokens_of
+from tests.service.engine.stepping import BLOCK, sequence_of, tokens_of
 
 
 def test_what_fits_beside_decoding_follows_the_pace():

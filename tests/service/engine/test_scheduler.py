@@ -1,41 +1,11 @@
-"""Who runs next: budgets, block boundaries, preemption, and that no page is ever lost."""
+"""Who runs next: budgets, block boundaries, admission, preemption; and no page is ever lost."""
 
-import math
 import random
 
 import pytest
-import torch
 
-from service.engine.kv_cache import PageAllocator
-from service.engine.prefix import PrefixKeys
-from service.engine.scheduler import Limits, Scheduler
-from service.engine.sequence import SamplingParams, Sequence
-from sparse_methods import get_sparse_method
-
-BLOCK = 8
-
-
-def sequence(num_prompt, num_output=0):
-    return Sequence(
-        request_id="r",
-        prompt_ids=[5] * num_prompt,
-        method=get_sparse_method("dense")(),
-        sampling=SamplingParams(),
-        generator=torch.Generator(),
-        output_ids=[6] * num_output,
-    )
-
-
-def make(num_pages=100, max_step_tokens=64, max_running=4):
-    pages = PageAllocator(num_pages, BLOCK)
-    return Scheduler(Limits(max_step_tokens, max_running, BLOCK), pages), pages
-
-
-def advance(chunks, *, generate=True):
-    for chunk in chunks:
-        chunk.sequence.num_computed_tokens = chunk.stop
-        if generate and chunk.sequence.num_uncomputed_tokens == 0:
-            chunk.sequence.output_ids.append(7)
+from service.engine.sequence import SamplingParams
+from tests.service.engine.scheduling import BLOCK, advance, limited, make, prompted, sequence
 
 
 def test_a_long_prompt_is_cut_on_block_boundaries_only():
@@ -138,117 +108,6 @@ def test_random_traffic_keeps_every_limit_and_loses_no_page(seed):
     assert pages.num_used == 0
 
 
-def limited(max_prefill_s, num_pages=100, max_step_tokens=64):
-    """A scheduler that believes in 1000 tokens of prompts per second."""
-    pages = PageAllocator(num_pages, BLOCK)
-    scheduler = Scheduler(Limits(max_step_tokens, 8, BLOCK, max_prefill_s), pages)
-    scheduler.prompts.note_pace(500, 0.5)
-    return scheduler, pages
-
-
-def of(sequence, chunks):
-    return sum(c.num_tokens for c in chunks if c.sequence is sequence)
-
-
-def test_beside_somebody_who_decodes_a_step_takes_few_tokens_of_prompts():
-    scheduler, _ = limited(0.016)
-    short, long = sequence(4), sequence(200)
-    scheduler.add(short)
-    advance(scheduler.schedule())
-    scheduler.add(long)
-    while long.num_uncomputed_tokens > 1:
-        chunks = scheduler.schedule()
-        assert of(short, chunks) == 1, "decoding waits for nobody"
-        assert of(long, chunks) <= 16
-        advance(chunks)
-    scheduler.remove(short)
-    scheduler.remove(long)
-    scheduler.add(sequence(100))
-    assert sum(c.num_tokens for c in scheduler.schedule()) == 64, "nobody decodes"
-
-
-def test_the_share_of_prompts_follows_the_pace_and_is_a_block_at_least():
-    scheduler, _ = limited(0.016, num_pages=400)
-    short, long = sequence(4), sequence(2000)
-    scheduler.add(short)
-    advance(scheduler.schedule())
-    scheduler.add(long)
-    seen = []
-    for num_tokens, seconds in [(24, 0.010), (24, 0.010), (1, 1.0), *[(1, 1.0)] * 20]:
-        chunks = scheduler.schedule()
-        seen.append(of(long, chunks))
-        advance(chunks)
-        scheduler.prompts.note_pace(num_tokens, seconds)
-    assert seen[:4] == [16, 16, 24, 16], "1000, 1420, 1714 and 1200 tokens a second"
-    assert seen[-1] == BLOCK
-
-
-def test_alone_a_prompt_takes_the_whole_step():
-    scheduler, _ = limited(0.016)
-    scheduler.add(sequence(200))
-    assert [c.num_tokens for c in scheduler.schedule()] == [64]
-
-
-def test_a_short_prompt_does_not_wait_for_a_long_one():
-    scheduler, _ = limited(math.inf, max_step_tokens=32)
-    long, short = sequence(400), sequence(30)
-    scheduler.add(long)
-    advance(scheduler.schedule())
-    scheduler.add(short)
-    num_steps = 0
-    while not short.output_ids:
-        chunks = scheduler.schedule()
-        assert of(long, chunks) >= 8, "and the long one goes on"
-        advance(chunks)
-        num_steps += 1
-    assert num_steps == 2
-
-
-def test_a_share_of_one_block_goes_to_the_long_and_to_the_short_prompt_in_turn():
-    scheduler, _ = limited(0.001)
-    decoding, long, short = sequence(4), sequence(400), sequence(30)
-    scheduler.add(decoding)
-    advance(scheduler.schedule())
-    scheduler.add(long)
-    advance(scheduler.schedule())
-    scheduler.add(short)
-    given = []
-    while not short.output_ids:
-        chunks = scheduler.schedule()
-        given.append((of(long, chunks), of(short, chunks)))
-        advance(chunks)
-    assert sorted(given) == [(0, 6), *[(0, 8)] * 3, *[(8, 0)] * (len(given) - 4)]
-    assert len(given) <= 8
-
-
-def test_equal_prompts_are_computed_one_after_the_other():
-    scheduler, _ = limited(math.inf, max_step_tokens=32)
-    first, second = sequence(64), sequence(64)
-    scheduler.add(first)
-    scheduler.add(second)
-    advance(scheduler.schedule())
-    advance(scheduler.schedule())
-    assert len(first.output_ids) == 1
-    assert second.num_computed_tokens == 0
-
-
-def test_a_long_prompt_gets_half_however_many_short_ones_come():
-    scheduler, _ = limited(math.inf, max_step_tokens=32)
-    long = sequence(320)
-    scheduler.add(long)
-    num_steps = 0
-    while not long.output_ids:
-        num_steps += 1
-        scheduler.add(sequence(24))
-        chunks = scheduler.schedule()
-        assert of(long, chunks) >= 16
-        advance(chunks)
-        for done in [s for s in scheduler.running if s.output_ids]:
-            if done is not long:
-                scheduler.remove(done)
-    assert num_steps <= 20
-
-
 def test_whoever_waits_is_admitted_by_priority_then_arrival():
     scheduler, _ = make(max_running=1)
     scheduler.add(sequence(8))
@@ -263,16 +122,6 @@ def test_whoever_waits_is_admitted_by_priority_then_arrival():
     assert [c.sequence for c in scheduler.schedule()] == [urgent]
     scheduler.remove(early)
     assert (scheduler.num_unstarted, scheduler.num_unstarted_tokens) == (2, 16)
-
-
-def test_of_prompts_under_way_the_urgent_one_goes_first():
-    scheduler, _ = limited(math.inf, max_step_tokens=32)
-    plain, urgent = sequence(200), sequence(200)
-    urgent.priority = -1
-    scheduler.add(plain)
-    advance(scheduler.schedule())
-    scheduler.add(urgent)
-    assert [c.sequence for c in scheduler.schedule()] == [urgent]
 
 
 def test_the_lowest_priority_gives_way_even_if_it_is_older():
@@ -324,14 +173,6 @@ def test_choices_of_a_request_are_admitted_by_what_they_do_not_share():
     assert scheduler.running == choices[:2], "6 pages of the first, 2 of the second"
     assert [c.num_tokens for c in chunks if c.sequence is choices[1]] == [8]
     assert pages.num_used == 7
-
-
-def prompted(prompt_ids, **sampling):
-    one = sequence(0)
-    one.prompt_ids = list(prompt_ids)
-    one.prefix = PrefixKeys(one.prompt_ids, BLOCK, one.method)
-    one.sampling = SamplingParams(**sampling)
-    return one
 
 
 def test_a_sequence_that_gave_way_takes_over_no_more_than_before():

@@ -7,7 +7,7 @@ import torch
 
 from sparse_methods import InvalidKnobsError, Phase, UnsupportedError
 from sparse_methods.methods.flash_skip_softmax_v1 import FlashSkipSoftmax
-from tests.sparse_methods.methods.test_flash_skip_softmax_v1 import SCALAR, gaussian
+from tests.sparse_methods.methods.flash_skip_scores import SCALAR, gaussian
 
 
 @pytest.mark.parametrize(
