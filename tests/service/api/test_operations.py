@@ -249,3 +249,11 @@ async def test_the_garbage_collector_never_looks_at_what_was_loaded_again() -> N
         looked_at = {id(one) for one in gc.get_objects()}
         assert not looked_at & {id(one) for one in kept}
     assert gc.get_freeze_count() == 0
+
+
+async def test_threads_wait_for_each_other_for_less_than_a_step() -> None:
+    before = sys.getswitchinterval()
+    app = create_app(Settings(), lambda _: FakeEngine())  # type: ignore[arg-type, return-value]
+    async with app.router.lifespan_context(app):
+        assert sys.getswitchinterval() == pytest.approx(0.0005)
+    assert sys.getswitchinterval() == before
