@@ -1,10 +1,10 @@
 """Server CPU per streamed token: the whole HTTP layer and engine thread around a core that is told.
 
-``python -m benchmarks.http measure`` starts a server in a process of its own, whose engine core makes up
-one token per stream and step at a given pace, and reads all streams through plain sockets. CPU time
-is that of the server process, its engine thread included; steps are slow enough that every token
-is an event of its own, which the result shows. A slow pace costs more per token: the reader and the
-server's threads sleep between two steps, and waking them is paid for by whoever sends.
+``python -m benchmarks.http measure`` starts a server in a process of its own, whose engine core
+makes up one token per stream and step at a given pace, and reads all streams through plain sockets.
+CPU time is that of the server process, its engine thread included; steps are slow enough that every
+token is an event of its own, which the result shows. A slow pace costs more per token: the reader
+and the server's threads sleep between two steps, and waking them is paid for by whoever sends.
 """
 
 import asyncio
