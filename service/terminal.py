@@ -1,6 +1,7 @@
 """What the command line draws: the loading bar and the tables."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -57,7 +58,7 @@ def methods_table() -> Table:
 
 
 def methods_markdown() -> str:
-    """The same table in Markdown, as the README has it."""
+    """The same in Markdown, as the README has it: of knobs their names and defaults only."""
     rows = [
         "| Method | Version | Phases | What it does | Knobs | Source |",
         "|---|---|---|---|---|---|",
@@ -68,7 +69,7 @@ def methods_markdown() -> str:
             cls.registered_version,
             ", ".join(cls.phases),
             _purpose(cls),
-            "<br>".join(_knobs(cls)) or "none",
+            ", ".join(f"`{name}`{default}" for name, default in _defaults(cls)) or "none",
             " ".join(cls.source.split()),
         )
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -108,6 +109,12 @@ def _purpose(cls: type[SparseAttentionMethod]) -> str:
 def _knobs(cls: type[SparseAttentionMethod]) -> list[str]:
     properties: dict[str, dict[str, Any]] = cls.Knobs.model_json_schema().get("properties", {})
     return [_knob(name, schema) for name, schema in properties.items()]
+
+
+def _defaults(cls: type[SparseAttentionMethod]) -> Iterator[tuple[str, str]]:
+    for name, field in cls.Knobs.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        yield name, f" {json.dumps(default)}" if default not in (None, {}) else ""
 
 
 def _knob(name: str, schema: dict[str, Any]) -> str:
