@@ -191,16 +191,16 @@ def start_process(step_s: float, shutdown_s: float) -> tuple[subprocess.Popen[st
 
 
 def test_sigterm_lets_a_stream_finish_refuses_new_work_and_exits_with_0() -> None:
-    process, address = start_process(0.5, 20)
-    with process:
+    process, address = start_process(1, 30)  # four steps, long enough to ask for all of this
+    with process, httpx.Client(base_url=address, timeout=20) as client:
         body = {"prompt": "p", "stream": True}
-        with httpx.stream("POST", address + "/generate", json=body, timeout=20) as response:
+        with client.stream("POST", "/generate", json=body) as response:
             lines = response.iter_lines()
             first = next(lines)
             process.send_signal(signal.SIGTERM)
-            wait_until(lambda: httpx.get(address + "/health/ready").status_code == 503)
-            assert httpx.post(address + "/generate", json={"prompt": "p"}).status_code == 503
-            assert httpx.get(address + "/health/live").status_code == 200
+            wait_until(lambda: client.get("/health/ready").status_code == 503)
+            assert client.post("/generate", json={"prompt": "p"}).status_code == 503
+            assert client.get("/health/live").status_code == 200
             text = first + "".join(lines)
         assert all(f'"text":"{word}"' in text for word in WORDS)
         assert text.endswith("data: [DONE]")
