@@ -90,7 +90,7 @@ def finish_kernel(
     at += (slab_tile * GROUP + head % GROUP) * SAMPLES
     place = head.to(tl.int64) * all_tiles + tile
     shares = tl.zeros([BLOCK], tl.float32)
-    for step in range(count):
+    for step in range(count):  # one by one, so that the order does not depend on the columns
         maximum = tl.load(maxima + at + step, mask=is_seen, other=float("-inf"))
         weight = tl.load(weights + at + step, mask=is_seen, other=0.0)
         highest = tl.max(maximum, 0)

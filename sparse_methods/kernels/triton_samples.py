@@ -24,6 +24,8 @@ from sparse_methods.views import PrefillView
 
 _CELLS = 1 << 14  # scores that a program holds
 _ROWS = 128  # sampled rows of a program, of any tiles and heads
+_LINE_ROWS = 128  # of a program that adds lines up
+_LEAST_ROWS = 64  # of the same: with fewer, other instructions multiply and round otherwise
 _ROW_BYTES = 1 << 15  # that these are together
 _BLOCK_BYTES = 1 << 16  # of a block's keys that fit beside them
 _SPAN = 16  # blocks that a program walks over
@@ -179,8 +181,8 @@ def _add_up(
     num_lines = (view.first_block + tiles.stop) * view.block_size
     sums = view.query.new_empty(view.num_kv_heads, len(tiles), num_lines, dtype=torch.float32)
     members = triton.next_power_of_2(group)
-    rows = max(16, members, min(_ROWS, _ROW_BYTES // _row_bytes(view)))
-    rows = min(rows, max(16, members * triton.next_power_of_2(len(tiles))))
+    rows = max(members, min(_LINE_ROWS, _ROW_BYTES // _row_bytes(view)))
+    rows = min(rows, max(_LEAST_ROWS, members * triton.next_power_of_2(len(tiles))))
     grid = (
         triton.cdiv(num_lines, _LINES),
         triton.cdiv(len(tiles), rows // members),

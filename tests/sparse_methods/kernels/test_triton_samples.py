@@ -1,10 +1,10 @@
 """What kernels say that sampled rows look at, against the same in plain torch."""
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import functional
 
 from sparse_methods.kernels import triton_samples
 from sparse_methods.kernels.triton_samples import Choice
@@ -42,7 +42,7 @@ def scores_of(view, stride, tile):
 
 
 def by_block(values, view):
-    padded = functional.pad(values, (0, view.num_blocks * view.block_size - view.kv_len))
+    padded = torch.nn.functional.pad(values, (0, view.num_blocks * view.block_size - view.kv_len))
     return padded.unflatten(-1, (view.num_blocks, view.block_size)).sum(-1)
 
 
@@ -53,10 +53,10 @@ def lines_of(view, stride, tile, choice, trusted):
     own = view.first_block + tile
     attention *= (block >= choice.first) & (block <= own - choice.recent)
     rows = attention.mean((1,)) / attention.shape[2]
-    padded = functional.pad(rows, (0, view.num_blocks * view.block_size - view.kv_len))
+    padded = torch.nn.functional.pad(rows, (0, view.num_blocks * view.block_size - view.kv_len))
     width = padded.shape[-1]
     shifted = [
-        functional.pad(padded[:, step], (step * stride, 0))[:, :width]
+        torch.nn.functional.pad(padded[:, step], (step * stride, 0))[:, :width]
         for step in range(padded.shape[1])
     ]
     return padded.sum(1), torch.stack(shifted).sum(0)
@@ -139,22 +139,22 @@ def test_memory_is_bounded_by_tiles_at_a_time(monkeypatch):
 def test_a_chunk_is_estimated_as_in_the_whole_prompt(stride):
     """To the last bit on a GPU; the interpreter's products are rounded by where a row lies."""
     tolerance = 0.0 if DEVICE.type == "cuda" else 1e-6
-    exact = {"rtol": tolerance, "atol": tolerance}
+    assert_same = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
     whole, part = (
         prompt(300, 4, 2, 16, 32, start, stop, torch.float32)
         for start, stop in ((0, 300), (128, 256))
     )
     samples = [triton_samples.sample(view, stride) for view in (whole, part)]
-    torch.testing.assert_close(samples[0].mass[:, :, 4:8, :8], samples[1].mass, **exact)
-    torch.testing.assert_close(samples[0].norms[:, :, 4:8], samples[1].norms, **exact)
+    assert_same(samples[0].mass[:, :, 4:8, :8], samples[1].mass)
+    assert_same(samples[0].norms[:, :, 4:8], samples[1].norms)
     means = [triton_samples.own_means(view, stride) for view in (whole, part)]
-    torch.testing.assert_close(means[0][:, :, 4:8], means[1], **exact)
+    assert_same(means[0][:, :, 4:8], means[1])
     for add_up in (triton_samples.columns, triton_samples.diagonals):
         lines = add_up(whole, samples[0], range(10), Choice(1, 2))
         of_part = add_up(part, samples[1], range(4), Choice(1, 2))
         for tile in range(4):
             stop = (tile + 5) * 32
-            torch.testing.assert_close(lines[:, tile + 4, :stop], of_part[:, tile, :stop], **exact)
+            assert_same(lines[:, tile + 4, :stop], of_part[:, tile, :stop])
 
 
 @pytest.mark.parametrize("case", ["groups of 3", "groups of 4"])
