@@ -158,7 +158,7 @@ def _sample_tiles(view: PrefillView, sampled: Sample, first_tile: int, num_tiles
         SLOTS=slots,
         SPAN=_SPAN,
         num_warps=8,
-        num_stages=2,
+        num_stages=_stages(view),
     )
     kernels.finish_kernel[(num_tiles, view.num_kv_heads * group)](
         weights,
@@ -208,8 +208,8 @@ def _add_up(
         TILE=view.block_size,
         ROWS=rows,
         LINES=_LINES,
-        num_warps=8 if rows > 64 else 4,
-        num_stages=2,
+        num_warps=8 if rows > _LEAST_ROWS or _stages(view) == 1 else 4,
+        num_stages=_stages(view),
     )
     return sums
 
@@ -222,6 +222,11 @@ def _slots(view: PrefillView) -> int:
 def _row_bytes(view: PrefillView) -> int:
     size: int = max(16, triton.next_power_of_2(view.keys.shape[3])) * view.keys.element_size()
     return size
+
+
+def _stages(view: PrefillView) -> int:
+    """Of loads that are under way: keys in float32 need the room for their parts."""
+    return 2 if view.keys.element_size() < 4 else 1
 
 
 def _tensors(view: PrefillView) -> dict[str, Any]:
