@@ -101,19 +101,20 @@ class FlexPrefill(BlockMethod):
 
     def _kept_by_kernels(self, view: PrefillView) -> torch.Tensor:
         """[Hkv, N, M] bool, what ``_keep`` keeps of each tile, all tiles together."""
-        from sparse_methods.kernels import triton_lines, triton_samples
+        from sparse_methods.kernels import triton_lines, triton_samples, triton_trust
 
         gamma, own = self.knobs.gamma, view.tile_blocks[:, None]
         blocks = torch.arange(view.num_blocks, device=own.device)
         sampled = triton_samples.sample(view, self.knobs.row_stride)
-        own_means = triton_samples.own_means(view, self.knobs.row_stride)[..., None]
-        pooled = view.tile_means() @ view.block_means()[:, None].mT * view.scale
-        pooled = torch.where(blocks == own, own_means, pooled)
-        pooled_mass = pooled.masked_fill_(blocks > own, float("-inf")).softmax(-1)
-        is_pooled = (_distance(pooled_mass, sampled.mass) < self.knobs.tau)[..., None]
-        pooled_mass = pooled_mass.masked_fill_(~is_pooled, 0.0).sum(1)
+        pooled, is_pooled = triton_trust.trusted_mass(
+            view.tile_means() @ view.block_means()[:, None].mT * view.scale,
+            triton_samples.own_means(view, self.knobs.row_stride),
+            sampled.mass,
+            view.first_block,
+            self.knobs.tau,
+        )
         is_kept = self._minimum(sampled.mass.sum(1))
-        is_kept |= selection.covering(pooled_mass, pooled_mass, gamma) & (pooled_mass > 0)
+        is_kept |= selection.covering(pooled, pooled, gamma) & (pooled > 0)
         by_lines = sampled.without(is_pooled)
         step = triton_samples.lines_at_once(view)
         for start in range(0, view.num_tiles, step):
