@@ -31,7 +31,7 @@ from sparse_methods.kernels import selection
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
 
-_TILES_AT_ONCE = 4  # whose sampled rows are multiplied together: more leave a CPU's caches
+_TILES_AT_ONCE = 16  # whose sampled rows are multiplied with the keys together
 _MAX_PRODUCTS = 1 << 29  # held at a time, if one tile has no more: 1 GiB in bfloat16
 
 
