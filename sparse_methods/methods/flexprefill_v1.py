@@ -31,8 +31,6 @@ from sparse_methods.kernels import selection
 from sparse_methods.registry import register_sparse_method
 from sparse_methods.views import BlockSelection, Phase, PrefillView
 
-_MAX_TOGETHER = 1 << 27  # scores of tiles that are decided together: 512 MiB
-
 
 @register_sparse_method("flexprefill", version="v1")
 class FlexPrefill(BlockMethod):
@@ -79,8 +77,11 @@ class FlexPrefill(BlockMethod):
 
     @override
     def select_prefill(self, view: PrefillView) -> BlockSelection:
-        if selection.has_kernels(view.query):  # where a launch costs more than a wider row
-            return BlockSelection.of(self._kept_together(view, _MAX_TOGETHER))
+        if selection.has_kernels(view.query):
+            from sparse_methods.kernels import triton_samples
+
+            if triton_samples.can_sample(view):
+                return BlockSelection.of(self._kept_by_kernels(view))
         size, stride = view.block_size, self.knobs.row_stride
         keys, means = view.gather_keys().transpose(1, 2), view.block_means().transpose(1, 2)
         tiles = view.query_tiles()
@@ -98,64 +99,33 @@ class FlexPrefill(BlockMethod):
             is_kept[:, tile, : own + 1] = self._keep(scores, pooled, size)
         return BlockSelection.of(is_kept)
 
-    def _kept_together(self, view: PrefillView, max_products: int) -> torch.Tensor:
-        """[Hkv, N, M] bool, what ``_keep`` keeps of each tile, some tiles at a time.
+    def _kept_by_kernels(self, view: PrefillView) -> torch.Tensor:
+        """[Hkv, N, M] bool, what ``_keep`` keeps of each tile, all tiles together."""
+        from sparse_methods.kernels import triton_lines, triton_samples, triton_trust
 
-        Tiles that sample alike go together, as many as have ``max_products`` scores.
-        """
-        size, stride = view.block_size, self.knobs.row_stride
-        keys, tiles = view.gather_keys().transpose(1, 2), view.query_tiles()
-        pooled = view.tile_means() @ view.block_means()[:, None].mT * view.scale
-        per_tile = tiles[:, :, 0, ::stride, 0].numel() * view.num_blocks * size
-        most, num_full, tile = max_products // per_tile, view.num_rows // size, 0
-        kept = []
-        while tile < view.num_tiles:
-            stop = tile + max(1, min(most, num_full - tile))
-            num_rows = min(size, view.num_rows - tile * size)
-            rows = tiles[:, :, tile:stop, (num_rows - 1) % stride : num_rows : stride]
-            num_blocks = view.first_block + stop
-            products = rows.flatten(1, 3) @ keys[..., : (num_blocks - 1) * size + num_rows]
-            own = view.tile_blocks[tile:stop]
-            last_rows = own * size + num_rows - 1
-            scores = self._visible(products.unflatten(1, rows.shape[1:4]), last_rows, view.scale)
-            scores = functional.pad(scores, (0, size - num_rows), value=float("-inf"))
-            slab = self._keep_tiles(scores, pooled[:, :, tile:stop, :num_blocks], own)
-            kept.append(functional.pad(slab, (0, view.num_blocks - num_blocks)))
-            tile = stop
-        return torch.cat(kept, 1)
-
-    def _visible(
-        self, products: torch.Tensor, last_rows: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Scores of products [Hkv, G, n, S, keys]; ``last_rows`` [n] are positions."""
-        num_rows, num_keys = products.shape[-2:]
-        steps = torch.arange(1 - num_rows, 1, device=products.device) * self.knobs.row_stride
-        rows = last_rows[:, None, None] + steps[:, None]
-        is_hidden = torch.arange(num_keys, device=products.device) > rows
-        return products.float().mul_(scale).masked_fill_(is_hidden, float("-inf"))
-
-    def _keep_tiles(
-        self, scores: torch.Tensor, pooled: torch.Tensor, own: torch.Tensor
-    ) -> torch.Tensor:
-        """``_keep`` of several tiles: [Hkv, n, M] bool.
-
-        Args:
-            scores: [Hkv, G, n, S, M * block size] float32, -inf where a key is not visible.
-            pooled: [Hkv, G, n, M] float32, of which those from the own block on do not count.
-            own: [n] number of the block each tile lies in.
-        """
-        num_blocks = pooled.shape[-1]
-        blocks = torch.arange(num_blocks, device=own.device)
-        by_block = scores.unflatten(-1, (num_blocks, -1))
-        index = own[:, None, None, None].expand(*by_block.shape[:4], 1, by_block.shape[-1])
-        own_mean = _visible_mean(by_block.gather(-2, index)[..., 0, :])[..., None]
-        pooled = torch.where(blocks == own[:, None], own_mean, pooled)
-        pooled = pooled.masked_fill(blocks > own[:, None], float("-inf"))
-        # From here on, tiles stand where KV heads do.
-        flat, masses = scores.transpose(1, 2).flatten(0, 1), pooled.transpose(1, 2).flatten(0, 1)
-        chosen = self._choose(flat, masses, scores.shape[-1] // num_blocks)
-        is_kept: torch.Tensor = chosen.unflatten(0, (scores.shape[0], -1))
-        return (is_kept & (blocks <= own[:, None])) | (blocks == 0) | (blocks == own[:, None])
+        gamma, own = self.knobs.gamma, view.tile_blocks[:, None]
+        blocks = torch.arange(view.num_blocks, device=own.device)
+        sampled = triton_samples.sample(view, self.knobs.row_stride)
+        pooled, is_pooled = triton_trust.trusted_mass(
+            view.tile_means() @ view.block_means()[:, None].mT * view.scale,
+            triton_samples.own_means(view, self.knobs.row_stride),
+            sampled.mass,
+            view.first_block,
+            self.knobs.tau,
+        )
+        is_kept = self._minimum(sampled.mass.sum(1))
+        is_kept |= selection.covering(pooled, pooled, gamma) & (pooled > 0)
+        by_lines = sampled.without(is_pooled)
+        step = triton_samples.lines_at_once(view)
+        for start in range(0, view.num_tiles, step):
+            tiles = range(start, min(start + step, view.num_tiles))
+            for add_up in (triton_samples.columns, triton_samples.diagonals):
+                lines = add_up(view, by_lines, tiles, triton_samples.Choice())
+                counts, mass = triton_lines.fewest_blocks(
+                    lines, view.first_block + start, view.block_size, gamma
+                )
+                is_kept[:, start : tiles.stop, : mass.shape[-1]] |= _largest(mass, counts)
+        return (is_kept & (blocks <= own)) | (blocks == 0) | (blocks == own)
 
     @override
     def keep_from_scores(self, tiles: ScoreTiles) -> torch.Tensor:
@@ -190,6 +160,11 @@ class FlexPrefill(BlockMethod):
         is_kept[:, 0] = is_kept[:, -1] = True
         return is_kept
 
+    def _minimum(self, mass: torch.Tensor) -> torch.Tensor:
+        """[..., M] bool, the blocks with most of the mass [..., M], as many as are always read."""
+        budget = torch.full_like(mass[..., :1], self.knobs.min_budget_blocks)
+        return _largest(mass, budget)
+
     def _choose(self, scores: torch.Tensor, pooled: torch.Tensor, block_size: int) -> torch.Tensor:
         """``_keep`` with the pooled scores [Hkv, G, M] of all blocks, but for what is forced."""
         gamma, stride = self.knobs.gamma, self.knobs.row_stride
@@ -200,8 +175,7 @@ class FlexPrefill(BlockMethod):
         by_row = attention.masked_fill(is_pooled[..., None], 0.0).sum(1)
         columns, diagonals = by_row.sum(-2), _diagonals(by_row, stride)
         pooled_mass = pooled_mass.masked_fill(~is_pooled, 0.0).sum(1)
-        budget = torch.full_like(pooled_mass[:, :1], self.knobs.min_budget_blocks)
-        is_kept = _largest(block_mass.sum(1), budget)
+        is_kept = self._minimum(block_mass.sum(1))
         is_kept |= _largest(pooled_mass, _num_covering(pooled_mass, gamma))
         for lines in (columns, diagonals):
             num_blocks = _num_covering(lines, gamma) // block_size + 1
@@ -273,5 +247,5 @@ def _num_covering(mass: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def _largest(mass: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """[H, M] bool, the largest ``counts`` [H, 1] entries of [H, M], none of them 0."""
+    """[..., M] bool, the largest ``counts`` [..., 1] of the entries [..., M], none of them 0."""
     return selection.largest(mass, counts) & (mass > 0)

@@ -33,7 +33,6 @@ from sparse_methods.views import BlockSelection, Phase, PrefillView
 
 _TILES_AT_ONCE = 16  # whose sampled rows are multiplied with the keys together
 _MAX_PRODUCTS = 1 << 29  # held at a time, if one tile has no more: 1 GiB in bfloat16
-_MAX_TOGETHER = 1 << 27  # the same where all of them become scores at once: 512 MiB in float32
 
 
 @register_sparse_method("vertical_slash", version="v1")
@@ -85,14 +84,15 @@ class VerticalSlash(BlockMethod):
 
     @override
     def select_prefill(self, view: PrefillView) -> BlockSelection:
+        if selection.has_kernels(view.query):
+            from sparse_methods.kernels import triton_samples
+
+            if triton_samples.can_sample(view):
+                return BlockSelection.of(self._kept_by_kernels(view))
         size, stride = view.block_size, self.knobs.row_stride
-        if selection.has_kernels(view.query):  # where a launch costs more than a wider row
-            slabs = self._products(view, _MAX_TOGETHER)
-            kept = [self._keep_together(view, tile, products) for tile, products in slabs]
-            return BlockSelection.of(torch.cat(kept, 1))
         is_kept = view.visible.expand(view.num_kv_heads, -1, -1).clone()
         slabs = self._products(view, _MAX_PRODUCTS)
-        for tile, products in enumerate(t for _, slab in slabs for t in slab.unbind(2)):
+        for tile, products in enumerate(tile for slab in slabs for tile in slab.unbind(2)):
             own = view.first_block + tile
             num_rows = min(size, view.num_rows - tile * size)
             scores = products[..., : own * size + num_rows].float().mul_(view.scale)
@@ -100,12 +100,12 @@ class VerticalSlash(BlockMethod):
             is_kept[:, tile, : own + 1] = self._keep(scores, own, size)
         return BlockSelection.of(is_kept)
 
-    def _products(self, view: PrefillView, max_products: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Number of the first of some tiles, and products of their sampled rows with keys.
+    def _products(self, view: PrefillView, max_products: int) -> Iterator[torch.Tensor]:
+        """Products of the sampled rows of some tiles with keys, tile after tile.
 
-        The products are [Hkv, G, n, S, keys up to the last row of the last of these tiles]. Tiles
-        that sample alike are multiplied together: a few rows at a time would read all keys again
-        for each tile.
+        They are [Hkv, G, n, S, keys up to the last row of the last of these tiles]. Tiles that
+        sample alike are multiplied together: a few rows at a time would read all keys again for
+        each tile.
         """
         size, stride = view.block_size, self.knobs.row_stride
         keys, tiles = view.gather_keys().transpose(1, 2), view.query_tiles()
@@ -118,33 +118,34 @@ class VerticalSlash(BlockMethod):
             rows = tiles[:, :, tile : tile + count, (num_rows - 1) % stride : num_rows : stride]
             stop = (view.first_block + tile + count - 1) * size + num_rows
             products = rows.flatten(1, 3) @ keys[..., :stop]
-            yield tile, products.unflatten(1, rows.shape[1:4])
+            yield products.unflatten(1, rows.shape[1:4])
             tile += count
 
-    def _keep_together(
-        self, view: PrefillView, first_tile: int, products: torch.Tensor
-    ) -> torch.Tensor:
-        """[Hkv, n, M] bool, what ``_keep`` keeps of each of the tiles that ``_products`` joins."""
-        size, knobs = view.block_size, self.knobs
-        num_tiles, num_rows, num_keys = products.shape[2:]
-        own = view.tile_blocks[first_tile : first_tile + num_tiles, None]
+    def _kept_by_kernels(self, view: PrefillView) -> torch.Tensor:
+        """[Hkv, N, M] bool, what ``_keep`` keeps of each tile, all tiles together."""
+        from sparse_methods.kernels import triton_lines, triton_samples
+
+        knobs, own = self.knobs, view.tile_blocks[:, None]
         blocks = torch.arange(view.num_blocks, device=own.device)
         is_choice = (blocks >= knobs.sink_blocks) & (blocks <= own - knobs.recent_blocks)
-        last_row = (min(size, view.num_rows - first_tile * size) - 1) + own * size
-        steps = torch.arange(1 - num_rows, 1, device=own.device) * knobs.row_stride
-        is_hidden = torch.arange(num_keys, device=own.device) > (last_row + steps)[..., None]
-        scores = products.float().mul_(view.scale).masked_fill_(is_hidden, float("-inf"))
-        by_row = scores.softmax(-1).mean(1) / num_rows  # [Hkv, n, S, keys]
-        by_row = functional.pad(by_row, (0, view.num_blocks * size - num_keys))
-        by_row.unflatten(-1, (-1, size)).mul_(is_choice[:, None, :, None])
-        flat = by_row.flatten(0, 1)
-        columns = flat.sum(-2).unflatten(-1, (-1, size)).sum(-1)
-        is_read = _largest(columns, knobs.vertical_blocks, knobs.min_share)
-        diagonals = _diagonals(flat, knobs.row_stride, size)
-        is_chosen = _largest(diagonals, knobs.slash_diagonals, knobs.min_share)
-        is_read |= _crossed(is_chosen, size)
-        is_kept: torch.Tensor = is_read.unflatten(0, by_row.shape[:2]) & is_choice
-        return is_kept | ((blocks <= own) & ~is_choice)
+        sampled = triton_samples.sample(view, knobs.row_stride)
+        columns = sampled.mass.mean(1).masked_fill(~is_choice, 0.0)
+        budget = torch.full_like(columns[..., :1], knobs.vertical_blocks)
+        is_read = selection.largest(columns, budget) & (columns > knobs.min_share)
+        choice = triton_samples.Choice(knobs.sink_blocks, knobs.recent_blocks)
+        step = triton_samples.lines_at_once(view)
+        for start in range(0, view.num_tiles, step):
+            tiles = range(start, min(start + step, view.num_tiles))
+            is_met = triton_lines.crossed_blocks(
+                triton_samples.diagonals(view, sampled, tiles, choice),
+                view.first_block + start,
+                view.block_size,
+                knobs.slash_diagonals,
+                knobs.min_share,
+            )
+            is_read[:, start : tiles.stop, : is_met.shape[-1]] |= is_met
+        is_kept: torch.Tensor = (is_read & is_choice) | ((blocks <= own) & ~is_choice)
+        return is_kept
 
     @override
     def keep_from_scores(self, tiles: ScoreTiles) -> torch.Tensor:

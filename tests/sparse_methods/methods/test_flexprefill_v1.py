@@ -7,6 +7,7 @@ import torch
 from sparse_methods import BlockSelection, InvalidKnobsError
 from sparse_methods.methods.flexprefill_v1 import FlexPrefill
 from tests.sparse_methods import paged
+from tests.sparse_methods.kernels.cases import DEVICE
 
 SIZE = 16  # tokens of a block
 
@@ -223,21 +224,23 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_tiles_decided_together_read_what_each_reads_alone(seed):
-    """Together is how they are decided on a GPU."""
+def test_kernels_read_what_each_tile_reads_alone(seed):
+    group = (1, 4, 3)[(seed + seed // 3) % 3]
     generator = torch.Generator().manual_seed(seed)
-    num_tokens, size = 500 + 97 * seed, (16, 32, 64)[seed % 3]
-    query, keys = (1.5 * torch.randn(num_tokens, n, 16, generator=generator) for n in (6, 2))
+    num_tokens, size = 200 + 91 * seed, (16, 32, 64)[seed % 3]
+    query, keys = (
+        1.5 * torch.randn(num_tokens, n, 16, generator=generator) for n in (2 * group, 2)
+    )
     view = paged.prefill_view(query, keys, block_size=size, start=seed % 2 * 4 * size)
     method = FlexPrefill(
         {
-            "gamma": (0.3, 0.6, 0.9)[seed % 3],
+            "gamma": (0.3, 0.6, 0.4)[seed % 3],
             "tau": (0.0, 0.3, 0.5)[seed // 2],
             "min_budget_blocks": 1 + seed % 2,
-            "row_stride": (1, 3, 16)[seed // 2],
+            "row_stride": (16, 3, 1)[seed % 3],
         }
     )
-    together = BlockSelection.of(method._kept_together(view, 1 << 15))
+    together = BlockSelection.of(method._kept_by_kernels(paged.on(view, DEVICE)).cpu())
     alone = method.select_prefill(view)
     assert torch.equal(together.counts, alone.counts)
     assert torch.equal(together.indices, alone.indices)

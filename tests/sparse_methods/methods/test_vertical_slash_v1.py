@@ -7,6 +7,7 @@ import torch
 from sparse_methods import BlockSelection, InvalidKnobsError
 from sparse_methods.methods.vertical_slash_v1 import VerticalSlash
 from tests.sparse_methods import paged
+from tests.sparse_methods.kernels.cases import DEVICE
 
 SIZE = 16  # tokens of a block
 
@@ -213,11 +214,13 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_tiles_decided_together_read_what_each_reads_alone(seed):
-    """Together is how they are decided on a GPU."""
+def test_kernels_read_what_each_tile_reads_alone(seed):
+    group = (1, 4, 3)[(seed + seed // 3) % 3]
     generator = torch.Generator().manual_seed(seed)
-    num_tokens, size = 500 + 97 * seed, (16, 32, 64)[seed % 3]
-    query, keys = (1.5 * torch.randn(num_tokens, n, 16, generator=generator) for n in (6, 2))
+    num_tokens, size = 200 + 91 * seed, (16, 32, 64)[seed % 3]
+    query, keys = (
+        1.5 * torch.randn(num_tokens, n, 16, generator=generator) for n in (2 * group, 2)
+    )
     view = paged.prefill_view(query, keys, block_size=size, start=seed % 2 * 4 * size)
     method = VerticalSlash(
         {
@@ -225,12 +228,11 @@ def test_tiles_decided_together_read_what_each_reads_alone(seed):
             "slash_diagonals": (0, 3, 9)[seed % 3],
             "sink_blocks": 1 + seed % 2,
             "recent_blocks": 1 + seed % 3,
-            "row_stride": (1, 3, 16)[seed // 2],
+            "row_stride": (16, 3, 1)[seed % 3],
             "min_share": 0.001,
         }
     )
-    slabs = method._products(view, 1 << 14)
-    table = torch.cat([method._keep_together(view, tile, slab) for tile, slab in slabs], 1)
+    table = method._kept_by_kernels(paged.on(view, DEVICE)).cpu()
     alone = method.select_prefill(view)
     assert torch.equal(BlockSelection.of(table).counts, alone.counts)
     assert torch.equal(BlockSelection.of(table).indices, alone.indices)
