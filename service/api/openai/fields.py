@@ -24,7 +24,7 @@ from service.engine.sequence import SamplingParams
 from service.errors import BadRequestError
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-_TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+_TokenKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]  # one spelling
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 

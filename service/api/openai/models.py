@@ -37,7 +37,7 @@ async def get_models(request: Request, engine: EngineDep) -> ModelList:
     return ModelList(object="list", data=[_card(request, engine)])
 
 
-@router.get("/v1/models/{model_id}", responses=documented_errors(401, 404, 503))
+@router.get("/v1/models/{model_id:path}", responses=documented_errors(401, 404, 503))
 async def get_model(model_id: str, request: Request, engine: EngineDep) -> ModelCard:
     """Show the model that is served."""
     check_model(engine, model_id)

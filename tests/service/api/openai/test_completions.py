@@ -166,6 +166,7 @@ async def test_fields_reach_the_engine_and_null_is_the_default() -> None:
         ({"use_beam_search": 0}, "use_beam_search"),
         ({"logprobs": 21}, "logprobs"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
         ({"logit_bias": {"5": 100.5}}, "logit_bias"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"surprise": True}}, "stream_options"),
