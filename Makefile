@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CORES := $(shell nproc 2>/dev/null || echo 1)
 export OMP_NUM_THREADS ?= $(CORES)
-# A process per core with one thread each, and every file of tests in one process.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
+# A process per core with one thread each; the tests of a file stay together and in their order, which
+# begins with the slow ones of whole servers.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: serve test test-ops check fix bench gpu clean
 

@@ -222,6 +222,17 @@ def test_a_server_whose_engine_only_fails_says_so_and_ends(start_server):
     assert PRIVATE not in server.output
 
 
+def test_readiness_says_within_5_s_that_the_engine_cannot_go_on(start_server):
+    server = start_server("--no-exit-on-engine-death", prelude=BREAKS).wait_ready()
+    for _ in range(10):
+        assert server.client.post("/generate", json={"prompt": PRIVATE}).status_code == 500
+    deadline = time.monotonic() + 5
+    while server.client.get("/health/ready").status_code == 200:
+        assert time.monotonic() < deadline
+    assert "cannot go on" in server.client.get("/health/ready").json()["error"]["message"]
+    assert server.client.post("/generate", json={"prompt": PRIVATE}).status_code == 503
+
+
 @pytest.mark.parametrize("stays", [False, True])
 def test_a_server_whose_engine_hangs_says_so_and_ends_unless_it_may_stay(start_server, stays):
     options = ["--stall-timeout-s", "0.3"]

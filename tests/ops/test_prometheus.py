@@ -93,7 +93,8 @@ class Prometheus:
         )
 
     def query(self, expression):
-        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expression}).json()
+        response = httpx.get(f"{self.url}/api/v1/query", params={"query": expression})
+        answer = response.raise_for_status().json()
         assert answer["status"] == "success", answer
         return {
             json.dumps(result["metric"], sort_keys=True): float(result["value"][1])
@@ -107,7 +108,7 @@ class Prometheus:
                 values = self.query(expression)
                 if condition(values):
                     return values
-            except httpx.TransportError:
+            except httpx.HTTPError:  # it starts: nobody listens, then a 503 in plain text
                 values = {}
             assert time.monotonic() < deadline, f"{expression}: {values}"
             time.sleep(0.5)
