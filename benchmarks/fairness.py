@@ -2,7 +2,8 @@
 
 Some sequences decode alone, then beside one long prompt that is computed: with several bounds on
 the seconds that prompts may take of a step, the last of which bounds nothing. All of it goes
-through the engine's own steps, in one process.
+through the engine's own steps, in one process. Prompts longer than the built-in model's context
+need ``--random-layers``: weights that mean nothing, but take 131,200 tokens.
 """
 
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import typer
 
+from benchmarks.llama import SHAPE, build_model
 from benchmarks.report import save
 from service.engine.core import EngineCore
 from service.engine.engine import Engine
@@ -22,6 +24,13 @@ from service.settings import Settings
 from sparse_methods import get_sparse_method
 
 _WARM_UP_STEPS = 4
+_SMALL_SHAPE = SHAPE | {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 4096,
+}
 
 
 @dataclass
@@ -46,19 +55,28 @@ class Gaps:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def main(
+def main(  # noqa: PLR0913 - each is an option of the command line
     long_prompt_tokens: int = 15000,
     decoding: int = 8,
     bounds: str = "0.01,0.05,0.2,1000",
     method: str = "dense",
     threads: int = 1,
+    random_layers: int = 0,
     *,
     write: bool = True,
 ) -> None:
-    """Measure with each bound on the seconds of prompts beside decoding sequences."""
+    """Measure with each bound on the seconds of prompts beside decoding sequences.
+
+    With ``random_layers`` the model has so many: of an 8B model on a GPU, small ones on a CPU.
+    """
     torch.set_num_threads(threads)
-    loaded = load_model(None, "auto", "auto")
-    results = {}
+    loaded = _random_model(random_layers) if random_layers else load_model(None, "auto", "auto")
+    setting: dict[str, float] = {
+        "prompt, tokens": long_prompt_tokens,
+        "decoding": decoding,
+        "layers of random weights": random_layers,
+    }
+    results = {"setting": setting}
     for bound in map(float, bounds.split(",")):
         results[f"max_prefill_s {bound:g}"] = _measure(
             loaded, bound, long_prompt_tokens, decoding, method
@@ -69,7 +87,14 @@ def main(
             print(f"  {key:58s} {value:10.4f}")
     if write:
         device = "gpu" if torch.cuda.is_available() else "cpu"
-        print(f"\nwritten to {save(f'fairness-{device}', results)}")
+        name = f"fairness-{long_prompt_tokens // 1000}k-{device}"
+        print(f"\nwritten to {save(name, results)}")
+
+
+def _random_model(num_layers: int) -> LoadedModel:
+    if torch.cuda.is_available():
+        return build_model(num_layers)
+    return build_model(num_layers, shape=_SMALL_SHAPE, device="cpu")
 
 
 def _measure(
@@ -81,6 +106,7 @@ def _measure(
     engine = Engine(settings, loaded, NoEvents())
     text = (default_model_directory() / "calibration_text.txt").read_text()
     book = engine.tokenizer.encode(text)
+    book *= -(-num_tokens // len(book))
     core = engine.core
     _prefill_alone(core, book[:num_tokens], method)  # compiles and captures, on a GPU
     alone_s = _prefill_alone(core, book[:num_tokens], method)
