@@ -33,13 +33,14 @@ fix: $(VENV)/.installed-dev  ## format, and mend what the linter can mend
 bench: $(VENV)/.installed-dev  ## engine benchmarks on this machine, one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engine $(ARGS)
 
+gpu: export PYTHONPATH := .:$(PYTHONPATH)
 gpu:  ## tests and short benchmarks on a CUDA device, with the packages that PYTHON finds
-	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests
-	PYTHONPATH=. $(PYTHON) -m pytest -q tests/sparse_methods/kernels
-	PYTHONPATH=. $(PYTHON) -m benchmarks.kernels --quick
-	PYTHONPATH=. $(PYTHON) -m benchmarks.decode --quick
-	PYTHONPATH=. $(PYTHON) -m benchmarks.selection --quick
-	PYTHONPATH=. $(PYTHON) -m benchmarks.llama --longest 32768 $(ARGS)
+	$(PYTHON) -m pytest -q -m gpu tests
+	$(PYTHON) -m pytest -q tests/sparse_methods/kernels
+	$(PYTHON) -m benchmarks.kernels --quick
+	$(PYTHON) -m benchmarks.decode --quick
+	$(PYTHON) -m benchmarks.selection --quick
+	$(PYTHON) -m benchmarks.llama --longest 32768 $(ARGS)
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
