@@ -45,7 +45,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     train.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json")
     train.add_argument("--run", type=Path, required=True, help="folder of checkpoint and export")
     train.add_argument("--start-from", type=Path, help="an export, instead of a random start")
-    train.add_argument("--start-step", type=int, default=0, help="the step it was made at")
+    train.add_argument("--start-step", type=int, default=0, help="its step in this plan")
     train.add_argument("--budget-s", type=float, default=1200.0, help="seconds of training")
     train.add_argument("--steps", type=int, nargs="+", help="steps of each stage, not measured")
     train.add_argument("--stop-after-s", type=float, help="save and stop after this long")

@@ -207,3 +207,12 @@ def test_the_script_trains_stops_goes_on_exports_and_measures(
     assert 0 <= report["needle_1_of_2_512"] <= 1
     assert report["attention"][0]["tokens"] == 256
     assert len(report["samples"]) == 6
+
+
+def test_weights_from_past_the_end_of_the_plan_are_refused(
+    exported: Exported, recipe: Recipe, corpus: Corpus, writer: TaskWriter, tmp_path: Path
+) -> None:
+    start = exported[1], 6
+    trainer = Trainer(recipe, corpus, writer, tmp_path, torch.device("cpu"), start=start)
+    with pytest.raises(ValueError, match="start step 6 is not within the plan's 6 steps"):
+        trainer.run([3, 3])

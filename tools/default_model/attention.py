@@ -62,8 +62,11 @@ class _Observer:
         """Attend densely; query [1, Hq, T, D], key and value [1, Hkv, T, D] to [1, T, Hq, D]."""
         scale = cast("float", options["scaling"])
         self._look(query[0].float() * scale, key[0].float())
+        group = query.shape[1] // key.shape[1]
+        keys, values = (each.repeat_interleave(group, 1) for each in (key, value))
+        # with grouped heads float32 falls back to a kernel that holds the whole [Hq, T, T]
         out = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            query, keys, values, is_causal=True, scale=scale
         )
         return out.transpose(1, 2), None
 

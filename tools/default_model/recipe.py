@@ -70,15 +70,18 @@ class Recipe:
     final_lr: float = 0.02  # as a part of the full learning rate
     seed: int = 0
 
-    def learning_rate(self, step: int, progress: float, start_step: int = 0) -> float:
+    def learning_rate(self, step: int, progress: float, start_step: int | None = None) -> float:
         """Return the factor on the full learning rates at a step and a progress of 0 to 1.
 
-        A run that starts from exported weights warms its fresh optimisers up again, but shortly:
-        the weights are past the stretch that the long warm-up protects.
+        A run that starts from exported weights, at `start_step`, warms its fresh optimisers up
+        again, but shortly: the weights are past the stretch that the long warm-up protects.
         """
-        warmup_steps = self.warmup_steps / 5 if start_step else self.warmup_steps
+        warmup_steps = float(self.warmup_steps)
+        if start_step is not None:
+            step -= start_step
+            warmup_steps /= 5
         fall = min(1.0, (1.0 - progress) / (1.0 - self.hold))
-        return min(1.0, (step - start_step + 1) / warmup_steps) * max(self.final_lr, fall)
+        return min(1.0, (step + 1) / warmup_steps) * max(self.final_lr, fall)
 
 
 TINY = Recipe(

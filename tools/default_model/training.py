@@ -49,8 +49,8 @@ class Trainer:
     Attributes:
         folder: where checkpoint, plan and log are kept; a run found there is taken up.
         held_out: books for the loss that is logged, or None.
-        start: an export to start from and the step it was made at, with fresh optimisers; a
-            checkpoint in `folder` goes before it.
+        start: an export to start from and the step of this plan it was made at, with fresh
+            optimisers; 0 for the weights of another run. A checkpoint in `folder` goes before it.
         num_workers: processes that make micro-batches; 0 makes them in this one.
     """
 
@@ -143,7 +143,14 @@ class Trainer:
         return self.recipe.tokens_per_step / min(times)
 
     def run(self, steps: list[int]) -> bool:
-        """Train up to the end of the plan; return False when stopped before it."""
+        """Train up to the end of the plan; return False when stopped before it.
+
+        Raises:
+            ValueError: the weights to start from lie at or past the plan's end.
+        """
+        if self.start and self.start[1] >= sum(steps):
+            message = f"start step {self.start[1]} is not within the plan's {sum(steps)} steps"
+            raise ValueError(f"{message}; give 0 to fine-tune the weights of a finished run")
         first = 0
         for index, num_steps in enumerate(steps):
             if self.step < first + num_steps and not self._run_stage(index, first, num_steps):
@@ -181,7 +188,7 @@ class Trainer:
 
     def _train_step(self, micro_batches: list[Tensor], progress: float) -> Tensor:
         torch.manual_seed(self.recipe.seed + self.step)  # a resumed run draws the same dropout
-        start_step = self.start[1] if self.start else 0
+        start_step = self.start[1] if self.start else None
         factor = self.recipe.learning_rate(self.step, progress, start_step)
         set_learning_rates(self.optimizers, factor)
         losses = torch.stack(
