@@ -20,6 +20,8 @@ Piece = tuple[float, Ids]
 
 MAX_FACTS, MAX_QUESTIONS, MAX_CHAINS, MAX_COPIES = 16, 8, 6, 3
 FACT_DIGITS, CHAIN_DIGITS = 7, 5
+CHAIN_LINKS = 3
+WHOLE_CHAINS = 0.8  # part of the chains that are as long as that, their last variable asked
 AT_END = 1.0
 
 
@@ -126,14 +128,19 @@ class TaskWriter:
         """Draw 1 to 6 chains of 1 to 3 variables; one variable of each is asked, once.
 
         Asked twice, the second answer could be copied from the first without following anything.
+        Most are whole: with lengths and questions drawn evenly, a model learned every name that
+        follows another, and never whether a name or a number follows. The question's place is
+        drawn before the definitions', so that an early question is not mostly of a short chain.
         """
         tasks: list[list[Piece]] = []
         for _ in range(int(rng.integers(1, MAX_CHAINS + 1))):
-            definitions, questions = self.chain(rng, int(rng.integers(1, 4)))
-            places = np.sort(rng.random(len(definitions))).tolist()
+            is_whole = rng.random() < WHOLE_CHAINS
+            length = CHAIN_LINKS if is_whole else int(rng.integers(1, CHAIN_LINKS + 1))
+            definitions, questions = self.chain(rng, length)
+            asked_at = AT_END if rng.random() < 0.5 else rng.random()
+            places = (asked_at * np.sort(rng.random(length))).tolist()
             pieces = list(zip(places, definitions, strict=True))
-            question, answer = questions[int(rng.integers(len(questions)))]
-            asked_at = AT_END if rng.random() < 0.5 else rng.uniform(places[-1], 1.0)
+            question, answer = questions[-1 if is_whole else int(rng.integers(length))]
             pieces.append((asked_at, self._write(question, answer, ".\n")))
             tasks.append(pieces)
         return tasks
