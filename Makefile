@@ -36,7 +36,7 @@ bench: $(VENV)/.installed-dev  ## engine benchmarks on this machine, one thread
 gpu: export PYTHONPATH := .:$(PYTHONPATH)
 gpu:  ## tests and short benchmarks on a CUDA device, with the packages that PYTHON finds
 	$(PYTHON) -m pytest -q -m gpu tests
-	$(PYTHON) -m pytest -q tests/sparse_methods/kernels
+	$(PYTHON) -m pytest -q -n 8 tests/sparse_methods/kernels  # most of their time compiles
 	$(PYTHON) -m benchmarks.kernels --quick
 	$(PYTHON) -m benchmarks.decode --quick
 	$(PYTHON) -m benchmarks.selection --quick

@@ -13,7 +13,7 @@ from service.engine.prefix import PrefixKeys
 from service.engine.sequence import SamplingParams, Sequence, Update
 from service.models.loading import load_model
 from service.settings import Settings
-from sparse_methods import Phase, get_sparse_method, list_sparse_methods
+from sparse_methods import Phase, SparseAttentionMethod, get_sparse_method, list_sparse_methods
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +51,14 @@ def generate(engine: Engine, requests: list[tuple[str, str]], prompts, num_token
     return [(s.output_ids, statistics[s]) for s in sequences]
 
 
+def in_force(name: str, version: str) -> SparseAttentionMethod:
+    """The method, past its break-even at any length: below it a step would choose nothing."""
+    method, never = get_sparse_method(name, version), {"dense_below": 0}
+    if name == "hybrid":
+        return method({"prefill_params": never, "decode_params": never})
+    return method(never if "dense_below" in method.Knobs.model_fields else None)
+
+
 def planted_prompt(engine: Engine, num_tokens: int) -> list[int]:
     """The end of the example prompt, with its planted number, and the sequence's first token."""
     prompt = engine.tokenizer.encode(json.loads(EXAMPLE.read_text())["prompt"])
@@ -79,6 +87,22 @@ def test_a_mixed_batch_gives_each_request_what_it_gets_alone(on_gpu):
         assert tokens == alone, request
 
 
+def test_a_row_that_grows_past_its_break_even_goes_on_in_another_graph(on_gpu):
+    knobs = {"budget_pages": 2, "top_p": None, "dense_below": 1510}
+    method = get_sparse_method("quest", "v1")(knobs)
+    sampling = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    ends, shares = [], []
+    for engine in (engine_on("cpu"), on_gpu):
+        sequence = build_sequence("0", planted_prompt(on_gpu, 1500), method, sampling, 0)
+        (texts, [(_, _, statistics)]) = outcomes(engine, [sequence])
+        ends.append(texts)
+        shares.append(statistics.phase(Phase.DECODE).density)
+    assert ends[0] == ends[1]
+    # A third of the steps reads all twelve pages, the others two or three of them.
+    assert shares[1] == pytest.approx(shares[0], abs=0.02)
+    assert 0.35 < shares[1] < 0.6
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_decode_step_does_not_wait_for_the_device(on_gpu):
     from service.engine.kv_cache import PageAllocator
@@ -87,7 +111,7 @@ def test_a_decode_step_does_not_wait_for_the_device(on_gpu):
     runner, allocator = on_gpu.runner, PageAllocator(on_gpu.runner.num_pages, 128)
     sequences = []
     for index, (name, version) in enumerate(IDS):
-        method = get_sparse_method(name, version)()
+        method = in_force(name, version)
         sequence = build_sequence(str(index), list(range(10, 400)), method, SamplingParams(), index)
         sequence.slot = index
         assert allocator.try_reserve(sequence, 395)
