@@ -1,8 +1,10 @@
-"""Train, export and measure the built-in model.
+"""Train, export, blend and measure the built-in model.
 
     python -m tools.train_default_model train --books train.jsonl.xz --held-out test.jsonl.xz \
         --tokenizer tokenizer.json --run runs/1 --budget-s 1200
-    python -m tools.train_default_model evaluate --model runs/1/export --held-out test.jsonl.xz
+    python -m tools.train_default_model blend --base runs/1/export --tuned runs/2/export \
+        --share 0.8 --out runs/blend
+    python -m tools.train_default_model evaluate --model runs/blend --held-out test.jsonl.xz
 
 `train` may be stopped by SIGTERM or `--stop-after-s` and is taken up where it stopped by the same
 command. A .jsonl.xz file has one book a line, its text under `text`.
@@ -21,7 +23,7 @@ from tokenizers import Tokenizer
 
 from tools.default_model.corpus import load_corpus
 from tools.default_model.evaluation import Exam, Examiner, load_model
-from tools.default_model.export import export
+from tools.default_model.export import blend, export
 from tools.default_model.recipe import RECIPES, TINY, without_sharpness
 from tools.default_model.tasks import TaskWriter, common_words, single_token_words
 from tools.default_model.training import StopRequest, Trainer
@@ -53,6 +55,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     train.add_argument("--no-sharpness", action="store_true", help="plain cross-entropy")
     train.add_argument("--attention", choices=["flash", "cudnn"], help="GPU kernel; torch's choice")
     train.add_argument("--num-workers", type=int, default=0)
+    blend = commands.add_parser("blend", help="average an export and one fine-tuned from it")
+    blend.add_argument("--base", type=Path, required=True, help="what fine-tuning started from")
+    blend.add_argument("--tuned", type=Path, required=True, help="the fine-tuned export")
+    blend.add_argument("--share", type=float, required=True, help="weight of the latter, 0 to 1")
+    blend.add_argument("--out", type=Path, required=True, help="folder of the new export")
     evaluate = commands.add_parser("evaluate", help="measure a model folder")
     evaluate.add_argument("--model", type=Path, required=True)
     evaluate.add_argument("--held-out", type=Path, nargs="+", required=True)
@@ -122,7 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     if options.command == "train":
         return 0 if train(options) else 75
-    evaluate(options)
+    if options.command == "blend":
+        blend(options.base, options.tuned, options.share, options.out)
+    else:
+        evaluate(options)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The built-in model's training script, the whole of it in a tiny form on the CPU."""
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typing_extensions import override
 
 from tools.default_model.corpus import Corpus
 from tools.default_model.evaluation import Examiner, load_model
+from tools.default_model.export import blend, export, exported_weights
 from tools.default_model.model import LanguageModel
 from tools.default_model.optim import Muon, orthogonalize
 from tools.default_model.recipe import BOS_ID, TILE, TINY, Recipe
@@ -56,6 +59,42 @@ def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
     values = torch.linalg.svdvals(orthogonalize(stack))
     assert values.min() > 0.5
     assert values.max() < 1.3
+
+
+@pytest.fixture
+def tuned(exported: Exported, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """An export near to the other one, as fine-tuning leaves it."""
+    model = copy.deepcopy(exported[0])
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    export(model, tokenizer, tmp_path / "tuned")
+    return tmp_path / "tuned"
+
+
+def test_a_blend_lies_between_two_exports_and_loads_like_them(
+    exported: Exported, tuned: Path, tmp_path: Path
+) -> None:
+    (_, base), out = exported, tmp_path / "blend"
+    arguments = ["--base", str(base), "--tuned", str(tuned), "--share", "0.75", "--out", str(out)]
+    assert main(["blend", *arguments]) == 0
+    first, second, mean = exported_weights(base), exported_weights(tuned), exported_weights(out)
+    assert mean.keys() == first.keys()
+    for name, weight in mean.items():
+        expected = 0.25 * first[name] + 0.75 * second[name]
+        torch.testing.assert_close(weight, expected, rtol=2**-7, atol=1e-6)
+    assert {file.name for file in out.iterdir()} == {file.name for file in base.iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model(torch.tensor([[BOS_ID, 5, 6]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("share", "message"), [(1.5, "between 0 and 1, not 1.5"), (0.5, "shape")])
+def test_what_cannot_be_blended_is_said(
+    exported: Exported, tmp_path: Path, share: float, message: str
+) -> None:
+    built_in = TOKENIZER.parent
+    with pytest.raises(ValueError, match=message):
+        blend(exported[1], built_in, share, tmp_path / "blend")
+    assert not (tmp_path / "blend").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The trained model as files that plain transformers loads: Qwen3, safetensors, tokenizer."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from tools.default_model.model import LanguageModel
 from tools.default_model.recipe import BOS_ID, EOS_ID, PAD_ID, Shape
 
 NUM_SHARDS = 2
+BESIDE_WEIGHTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 def config_of(shape: Shape) -> dict[str, object]:
@@ -81,6 +88,33 @@ def exported_weights(folder: Path) -> dict[str, Tensor]:
     for shard in sorted(folder.glob("model-*.safetensors")):
         weights |= {name.removeprefix("model."): w.float() for name, w in load_file(shard).items()}
     return weights
+
+
+def blend(base: Path, tuned: Path, share: float, folder: Path) -> None:
+    """Write the weighted mean of an export and of one that was fine-tuned from it.
+
+    The mean keeps most of what fine-tuning taught and loses less of what it cost.
+    Source: Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903.
+
+    Args:
+        base: Folder of the export that fine-tuning started from.
+        tuned: Folder of the fine-tuned one, whose configuration and tokenizer are taken.
+        share: Weight of the fine-tuned one, 0 to 1.
+        folder: Where to write.
+
+    Raises:
+        ValueError: the share is no share, or the exports have not the same weights.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"The share of the fine-tuned weights is between 0 and 1, not {share}.")
+    first, second = exported_weights(base), exported_weights(tuned)
+    if {n: w.shape for n, w in first.items()} != {n: w.shape for n, w in second.items()}:
+        raise ValueError(f"{base} and {tuned} are not exports of one shape: nothing to blend.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in BESIDE_WEIGHTS:
+        shutil.copyfile(tuned / name, folder / name)
+    means = {f"model.{n}": w.lerp(second[n], share).to(torch.bfloat16) for n, w in first.items()}
+    _write_shards(means, folder)
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
