@@ -43,7 +43,7 @@ class XAttention(BlockMethod):
     """Antidiagonal sums estimate each block's share of the attention; the largest are read.
 
     Use it on long prompts to reach a low density at a set share of the attention. It looks at every
-    query and key, and of the methods measured on a GPU its decisions took the longest.
+    query and key.
     """
 
     phases = (Phase.PREFILL,)
