@@ -200,7 +200,7 @@ class Metrics:
         self._inter_token.observe(seconds)
 
     def fell_back(self, sequence: Sequence, reason: str) -> None:
-        """A generation runs dense instead of its method."""
+        """A generation that ended ran dense, or otherwise than asked, for this cause."""
         self._fallbacks.labels(*_labels(sequence), reason).inc()
 
 

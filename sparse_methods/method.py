@@ -41,10 +41,17 @@ _Knobs = Knobs  # inside a method's class body, Knobs is that method's own
 
 @dataclass(frozen=True)
 class Fallback:
-    """What ran instead of what was asked for, and why, in words for the client."""
+    """What ran instead of what was asked for, and why.
+
+    Attributes:
+        to: What ran, in words for the client.
+        reason: Why, in words for the client.
+        cause: Why, as a label that counts: one of few.
+    """
 
     to: str
     reason: str
+    cause: str = "below_break_even"
 
 
 class SparseAttentionMethod(ABC):
@@ -181,15 +188,25 @@ class SparseAttentionMethod(ABC):
         scores = type(self).score_pages is not SparseAttentionMethod.score_pages
         return 0 if scores else prompt_len
 
-    def fallback(self, prompt_len: int) -> Fallback | None:
-        """What a request with a prompt of this many tokens gets instead of the method, if any."""
+    def fallback(self, prompt_len: int, context_len: int | None = None) -> Fallback | None:
+        """What a request gets instead of the method, if any.
+
+        Args:
+            prompt_len: Tokens of its prompt.
+            context_len: Keys that its last generated row saw, by which a method goes that only
+                decodes: it may begin in the midst of a generation. Unset: as many as the prompt.
+        """
         if not self.phases:
             return None
-        length = self.break_even(self.phases[0])
-        if prompt_len >= length:
+        phase = self.phases[0]
+        has, tokens = "prompt has", prompt_len
+        if phase is Phase.DECODE and context_len is not None:
+            has, tokens = "context grew to", context_len
+        length = self.break_even(phase)
+        if tokens >= length:
             return None
         reason = (
-            f"The prompt has {prompt_len} tokens; {self.name!r} pays off from {length} on. "
+            f"The {has} {tokens} tokens; {self.name!r} pays off from {length} on. "
             "Set the knob 'dense_below' to 0 to force it."
         )
         return Fallback("dense", reason)

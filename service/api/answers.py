@@ -131,15 +131,15 @@ def sparsity(
         return None
     statistics = sum((finish.statistics for finish in finishes), RequestStatistics())
     method = chosen.method
-    lengths = dict.fromkeys(finish.num_prompt_tokens for finish in finishes)
-    fallback = next(filter(None, map(method.fallback, lengths)), None)  # of the first that had one
+    fallbacks = [finish.fallback_from(method) for finish in finishes]
+    fallback = next(filter(None, fallbacks), None)  # of the first that had one
     block = SparsityBlock(
         method=method.registered_name,
         version=method.registered_version,
         params=method.knobs.model_dump(mode="json"),
         resolved_from=chosen.resolved_from,
         threshold=method.get_threshold_info(),
-        fallback=None if fallback is None else Fallback(**vars(fallback)),
+        fallback=None if fallback is None else Fallback(to=fallback.to, reason=fallback.reason),
         prefill=_block_counts(statistics.phase(Phase.PREFILL)),
         decode=_decode_counts(statistics.phase(Phase.DECODE)),
         overall=_block_counts(statistics.overall),

@@ -23,7 +23,6 @@ from service.engine.stopping import OutputBuilder
 from service.errors import QueueTimeoutError, ServiceError
 from sparse_methods.statistics import RequestStatistics
 
-_BELOW_BREAK_EVEN = "below_break_even"  # a label: the words for the client name lengths
 _EXPIRED = "The request waited for its turn until its time was up. Retry later."
 _log = logging.getLogger(__name__)
 
@@ -105,8 +104,6 @@ class EngineCore:
         self._deadlines.watch(sequence)
         self._live[sequence] = Progress(self._text_output(sequence))
         self._scheduler.add(sequence)
-        if sequence.method.fallback(sequence.num_prompt_tokens) is not None:
-            self._events.fell_back(sequence, _BELOW_BREAK_EVEN)
 
     def abort(self, sequence: Sequence, reason: str) -> None:
         """End a sequence early and free its pages."""
@@ -278,6 +275,10 @@ class EngineCore:
             num_cached_tokens=sequence.num_cached_tokens,
             num_generated_tokens=len(sequence.output_ids),
         )
+        # Only now: a method that only decodes may come into force in the midst of a generation.
+        fallback = finish.fallback_from(sequence.method)
+        if fallback is not None and sequence.num_own_tokens > 0:
+            self._events.fell_back(sequence, fallback.cause)
         self.discard(sequence)
         self._events.finished(sequence, finish)
         return finish

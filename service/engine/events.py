@@ -44,7 +44,7 @@ class EngineEvents(Protocol):
         """Time between two tokens of one generation."""
 
     def fell_back(self, sequence: Sequence, reason: str) -> None:
-        """A generation runs dense instead of its method."""
+        """A generation that ended ran dense, or otherwise than asked, for this cause."""
 
 
 class NoEvents:

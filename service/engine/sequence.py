@@ -11,7 +11,7 @@ import torch
 from service.engine.grammar import Grammar, Matcher
 from service.engine.prefix import PrefixKeys
 from service.errors import ServiceError
-from sparse_methods.method import SparseAttentionMethod
+from sparse_methods.method import Fallback, SparseAttentionMethod
 from sparse_methods.statistics import RequestStatistics
 
 
@@ -103,6 +103,12 @@ class Finish:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_generated_tokens: int
+
+    def fallback_from(self, method: SparseAttentionMethod) -> Fallback | None:
+        """What ran instead of the method, if any."""
+        # The last token that was generated has not been read.
+        context_len = self.num_prompt_tokens + max(0, self.num_generated_tokens - 1)
+        return method.fallback(self.num_prompt_tokens, context_len)
 
 
 @dataclass(frozen=True)

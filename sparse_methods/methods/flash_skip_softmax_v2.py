@@ -184,8 +184,8 @@ class FlashSkipSoftmax(BlockMethod):
                 )
 
     @override
-    def fallback(self, prompt_len: int) -> Fallback | None:
-        inherited = super().fallback(prompt_len)
+    def fallback(self, prompt_len: int, context_len: int | None = None) -> Fallback | None:
+        inherited = super().fallback(prompt_len, context_len)
         if inherited is not None:
             return inherited
         targets = ((phase, self._target(phase), self._fits(phase)) for phase in Phase)
@@ -194,7 +194,8 @@ class FlashSkipSoftmax(BlockMethod):
                 continue
             found = _outside(fits.model, target, prompt_len)
             if found is not None:
-                return Fallback(found[0], f"{phase.capitalize()}: {found[1]}")
+                reason = f"{phase.capitalize()}: {found[1]}"
+                return Fallback(found[0], reason, "outside_of_calibration")
         return None
 
     @override

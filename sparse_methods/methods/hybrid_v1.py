@@ -142,8 +142,8 @@ class Hybrid(SparseAttentionMethod):
         return self.halves[Phase.DECODE].num_independent_rows(prompt_len)
 
     @override
-    def fallback(self, prompt_len: int) -> Fallback | None:
-        halves = {phase: half.fallback(prompt_len) for phase, half in self.halves.items()}
+    def fallback(self, prompt_len: int, context_len: int | None = None) -> Fallback | None:
+        halves = {p: half.fallback(prompt_len, context_len) for p, half in self.halves.items()}
         found = {phase: fallback for phase, fallback in halves.items() if fallback is not None}
         if not found:
             return None
@@ -152,7 +152,8 @@ class Hybrid(SparseAttentionMethod):
             for phase, fallback in found.items()
         ]
         targets = dict.fromkeys(fallback.to for fallback in found.values())
-        return Fallback(", ".join(targets), " ".join(reasons))
+        [cause, *_] = (fallback.cause for fallback in found.values())
+        return Fallback(", ".join(targets), " ".join(reasons), cause)
 
     @override
     def splits_over_ranks(self) -> bool:

@@ -22,6 +22,8 @@ from tests.service.engine.stepping import (
     requests_of,
 )
 
+EIGHT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
 
 @pytest.fixture(scope="module")
 def engines(tiny_model_dir):
@@ -235,8 +237,22 @@ def test_ending_the_engine_collects_nothing(ahead):
 
 
 def test_a_request_too_short_for_its_method_is_counted_as_a_fallback(ahead):
-    for index, knobs in enumerate(({"dense_below": 100_000}, {"dense_below": 0})):
-        method = get_sparse_method("streaming")(knobs)
-        core_request = build_sequence(str(index), list(range(20)), method, SamplingParams(), index)
-        ahead.core.add(core_request)
-    assert ahead.events.fallbacks == [("0", "below_break_even")]
+    for name, dense_below in [("streaming", 100), ("streaming", 0), ("quest", 100), ("quest", 25)]:
+        method, sampling = get_sparse_method(name)({"dense_below": dense_below}), EIGHT
+        asked = build_sequence(f"{name} {dense_below}", list(range(20)), method, sampling, 0)
+        ahead.core.add(asked)
+    assert ahead.events.fallbacks == [], "who only decodes may yet come into force"
+    while ahead.core.has_work:
+        ahead.core.step()
+    assert ahead.events.fallbacks == [
+        ("streaming 100", "below_break_even"),
+        ("quest 100", "below_break_even"),
+    ]
+
+
+def test_who_ended_before_anything_was_computed_did_not_fall_back(ahead):
+    method = get_sparse_method("streaming")({"dense_below": 100})
+    one = build_sequence("0", list(range(20)), method, EIGHT, 0)
+    ahead.core.add(one)
+    ahead.core.abort(one, "disconnect")
+    assert ahead.events.fallbacks == []

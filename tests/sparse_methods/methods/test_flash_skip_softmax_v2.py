@@ -321,6 +321,7 @@ def test_a_target_out_of_range_is_said():
     short = calibrated(target_sparsity=0.6).fallback(256)
     assert short is not None
     assert "outside of those tried" in short.reason
+    assert short.cause == "outside_of_calibration"
     assert "threshold near 0.99" in short.to
     extrapolated = calibrated(target_sparsity=0.75).fallback(65536)
     assert extrapolated is not None
@@ -328,7 +329,8 @@ def test_a_target_out_of_range_is_said():
     decode = calibrated(decode_target_sparsity=0.9).fallback(128)
     assert decode is not None
     assert decode.reason.startswith("Decode")
-    assert calibrated(target_sparsity=0.5, dense_below=5000).fallback(4096).to == "dense"
+    dense = calibrated(target_sparsity=0.5, dense_below=5000).fallback(4096)
+    assert (dense.to, dense.cause) == ("dense", "below_break_even")
 
 
 def test_a_calibrated_method_says_so_and_is_another_value():

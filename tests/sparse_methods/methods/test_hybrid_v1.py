@@ -91,6 +91,7 @@ def test_each_half_has_its_own_break_even_length():
     assert hybrid.break_even(Phase.PREFILL) == 100
     assert hybrid.break_even(Phase.DECODE) == 1000
     assert hybrid.fallback(1000) is None
+    assert hybrid.fallback(999, 1000) is None, "the decoding half came into force"
     fallback = hybrid.fallback(999)
     assert fallback is not None
     assert fallback.to == "dense"

@@ -201,3 +201,13 @@ def test_keys_of_later_rows_in_the_own_page_do_not_count():
     for row in range(2):
         for head in range(HEADS):
             assert listed(after, row, head) == listed(before, row, head)
+
+
+def test_it_falls_back_only_if_no_row_reached_its_break_even():
+    quest = Quest({"dense_below": 100})
+    assert quest.fallback(99, 100) is None
+    assert quest.fallback(100) is None
+    fallback = quest.fallback(90, 99)
+    assert fallback is not None
+    assert fallback.to == "dense"
+    assert "context grew to 99 tokens" in fallback.reason
