@@ -275,7 +275,6 @@ class EngineCore:
             num_cached_tokens=sequence.num_cached_tokens,
             num_generated_tokens=len(sequence.output_ids),
         )
-        # Only now: a method that only decodes may come into force in the midst of a generation.
         fallback = finish.fallback_from(sequence.method)
         if fallback is not None and sequence.num_own_tokens > 0:
             self._events.fell_back(sequence, fallback.cause)

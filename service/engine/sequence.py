@@ -1,5 +1,6 @@
 """One generation inside the engine, and the values that cross its border."""
 
+import logging
 import math
 import sys
 import time
@@ -13,6 +14,8 @@ from service.engine.prefix import PrefixKeys
 from service.errors import ServiceError
 from sparse_methods.method import Fallback, SparseAttentionMethod
 from sparse_methods.statistics import RequestStatistics
+
+_log = logging.getLogger(__name__)
 
 
 class FinishReason(StrEnum):
@@ -105,10 +108,14 @@ class Finish:
     num_generated_tokens: int
 
     def fallback_from(self, method: SparseAttentionMethod) -> Fallback | None:
-        """What ran instead of the method, if any."""
+        """What ran instead of the method, if any, and if the method can say."""
         # The last token that was generated has not been read.
         context_len = self.num_prompt_tokens + max(0, self.num_generated_tokens - 1)
-        return method.fallback(self.num_prompt_tokens, context_len)
+        try:
+            return method.fallback(self.num_prompt_tokens, context_len)
+        except Exception as error:  # noqa: BLE001 - the work is done; a sequence must be able to end
+            _log.error("%r cannot say whether it fell back", method.registered_name, exc_info=error)
+            return None
 
 
 @dataclass(frozen=True)

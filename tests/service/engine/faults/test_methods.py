@@ -103,3 +103,14 @@ def test_faults_of_somebody_in_particular_do_not_end_the_engine(engine, monkeypa
         with pytest.raises(MethodFaultError):
             run(engine, guilty)
     assert engine.status().is_alive
+
+
+def test_a_method_that_cannot_say_whether_it_fell_back_harms_nobody(engine, monkeypatch):
+    """It is asked when its work is done: nobody can start over then, and the engine must go on."""
+    guilty = request(prompt_of(100), "streaming", {"dense_below": 1}, max_tokens=8)
+    [expected, other] = (run(engine, one)[0] for one in (guilty, request(prompt_of(20))))
+    monkeypatch.setattr(type(guilty.method), "fallback", boom)
+    both = together(engine, guilty, request(prompt_of(20)))
+    for given, alone in zip(both, (expected, other), strict=True):
+        same(given, alone)
+    assert engine.status().is_alive
