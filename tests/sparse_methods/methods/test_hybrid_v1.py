@@ -103,6 +103,20 @@ def test_each_half_has_its_own_break_even_length():
     assert "decode: " in both.reason
 
 
+def test_a_decoding_half_goes_by_the_context_also_if_it_knows_both_phases():
+    hybrid = Hybrid(
+        {"prefill": "dense", "decode": "streaming", "decode_params": {"dense_below": 100}}
+    )
+    assert hybrid.fallback(90, 100) is None, "its last row was sparse"
+    fallback = hybrid.fallback(90, 99)
+    assert fallback is not None
+    assert fallback.reason.startswith("decode: The context grew to 99 tokens")
+    both = Hybrid({"prefill": "streaming", "prefill_params": {"dense_below": 100}})
+    prompt_alone = both.fallback(90, 20_000)
+    assert prompt_alone is not None, "what the prompt fell back to stays so"
+    assert prompt_alone.reason.startswith("prefill: The prompt has 90 tokens")
+
+
 def test_a_half_without_a_phase_of_its_own_may_be_dense():
     query, keys = prompt()
     hybrid = Hybrid({"prefill": "dense"})
