@@ -348,3 +348,13 @@ def test_something_but_not_everything_is_left_out_in_each_declared_phase(cls):
             assert 0 < stats["sparse_blocks"] < stats["total_blocks"]
             has_lists, threshold = selects(cls, phase), cls().skip_threshold(phase, 2048)
             assert has_lists or threshold is not None, "declared, but the serving half does nothing"
+
+
+def test_a_fallback_is_told_by_the_lengths_at_the_end_and_counted_under_one_of_few_causes(cls):
+    lengths = [(1, 1), (1, 10**6), (10**6, 10**6)]
+    told = [cls().fallback(prompt_len, context_len) for prompt_len, context_len in lengths]
+    causes = {fallback.cause for fallback in told if fallback is not None}
+    assert causes <= {"below_break_even", "outside_of_calibration"}
+    assert told[2] is None
+    if cls.phases == (Phase.DECODE,):
+        assert told[1] is None, "its last row is past the break-even"
