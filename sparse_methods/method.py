@@ -196,9 +196,12 @@ class SparseAttentionMethod(ABC):
             context_len: Keys that its last generated row saw, by which a method goes that only
                 decodes: it may begin in the midst of a generation. Unset: as many as the prompt.
         """
-        if not self.phases:
-            return None
-        phase = self.phases[0]
+        return self.fallback_in(self.phases[0], prompt_len, context_len) if self.phases else None
+
+    def fallback_in(
+        self, phase: Phase, prompt_len: int, context_len: int | None = None
+    ) -> Fallback | None:
+        """What one of its phases gets instead of the method, if any; else as ``fallback``."""
         has, tokens = "prompt has", prompt_len
         if phase is Phase.DECODE and context_len is not None:
             has, tokens = "context grew to", context_len

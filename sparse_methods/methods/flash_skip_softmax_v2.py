@@ -185,18 +185,21 @@ class FlashSkipSoftmax(BlockMethod):
 
     @override
     def fallback(self, prompt_len: int, context_len: int | None = None) -> Fallback | None:
-        inherited = super().fallback(prompt_len, context_len)
-        if inherited is not None:
+        found = (self.fallback_in(phase, prompt_len, context_len) for phase in Phase)
+        return next(filter(None, found), None)
+
+    @override
+    def fallback_in(
+        self, phase: Phase, prompt_len: int, context_len: int | None = None
+    ) -> Fallback | None:
+        inherited = super().fallback_in(phase, prompt_len, context_len)
+        target, fits = self._target(phase), self._fits(phase)
+        if inherited is not None or not target or fits is None:
             return inherited
-        targets = ((phase, self._target(phase), self._fits(phase)) for phase in Phase)
-        for phase, target, fits in targets:
-            if not target or fits is None:
-                continue
-            found = _outside(fits.model, target, prompt_len)
-            if found is not None:
-                reason = f"{phase.capitalize()}: {found[1]}"
-                return Fallback(found[0], reason, "outside_of_calibration")
-        return None
+        found = _outside(fits.model, target, prompt_len)
+        if found is None:
+            return None
+        return Fallback(found[0], f"{phase.capitalize()}: {found[1]}", "outside_of_calibration")
 
     @override
     def get_threshold_info(self) -> dict[str, Any]:

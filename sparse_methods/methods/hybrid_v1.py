@@ -7,7 +7,6 @@ Departures: none; every decision of a phase is the named method's, to the letter
 """
 
 from collections.abc import Hashable, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -144,11 +143,11 @@ class Hybrid(SparseAttentionMethod):
 
     @override
     def fallback(self, prompt_len: int, context_len: int | None = None) -> Fallback | None:
-        halves = {p: half.fallback(prompt_len, context_len) for p, half in self.halves.items()}
-        decode = self.halves[Phase.DECODE]
-        if Phase.PREFILL in decode.phases and context_len is not None:
-            # It would go by its prompt, of which it reads nothing here.
-            halves[Phase.DECODE] = _by_context(decode.fallback(context_len, context_len))
+        halves = {
+            phase: half.fallback_in(phase, prompt_len, context_len)
+            for phase, half in self.halves.items()
+            if phase in half.phases
+        }
         found = {phase: fallback for phase, fallback in halves.items() if fallback is not None}
         if not found:
             return None
@@ -205,14 +204,6 @@ def _can_serve(cls: type[SparseAttentionMethod], phase: Phase) -> bool:
     """Dense attention, which declares no phase, can be either half."""
     is_of_phase = not cls.phases or phase in cls.phases
     return is_of_phase and not cls.evaluation_only and cls.registered_name != _NAME
-
-
-def _by_context(fallback: Fallback | None) -> Fallback | None:
-    """The same in words of the context, whose length a method was given as that of its prompt."""
-    if fallback is None:
-        return None
-    reason = fallback.reason.replace("The prompt has", "The context grew to")
-    return replace(fallback, reason=reason)
 
 
 def _is_of(calibration: MethodCalibration, method: SparseAttentionMethod) -> bool:
