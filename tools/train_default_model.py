@@ -116,11 +116,13 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     if options.no_bos:
         exam = replace(exam, attention_contexts=(), sample_tokens=1)
-    report = json.dumps(exam.report(examiner, options.model), indent=1)
-    if options.out:
-        options.out.write_text(report + "\n")
-    else:
-        sys.stdout.write(report + "\n")
+    text = ""
+    for report in exam.reports(examiner, options.model):
+        text = json.dumps(report, indent=1) + "\n"
+        if options.out:
+            options.out.write_text(text)
+    if not options.out:
+        sys.stdout.write(text)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typing_extensions import override
 
+from tools.default_model import evaluation
 from tools.default_model.corpus import Corpus
 from tools.default_model.evaluation import Examiner, load_model
 from tools.default_model.export import blend, export, exported_weights
@@ -245,6 +246,22 @@ def test_the_script_trains_stops_goes_on_exports_and_measures(
     assert 0 < report["bits_per_byte_512"] < 4
     assert 0 <= report["needle_1_of_2_512"] <= 1
     assert report["attention"][0]["tokens"] == 256
+    assert len(report["samples"]) == 6
+
+
+def test_an_exam_that_is_cut_off_leaves_what_was_measured(
+    exported: Exported, books_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(evaluation, "attention_report", cut_off)
+    out = tmp_path / "report.json"
+    held_out = ["--held-out", str(books_file), "--tiny", "--out", str(out)]
+    with pytest.raises(TimeoutError):
+        main(["evaluate", "--model", str(exported[1]), *held_out])
+    report = json.loads(out.read_text())
+    assert report["bits_per_byte_512"] > 0
     assert len(report["samples"]) == 6
 
 

@@ -6,7 +6,7 @@ the same code.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -137,8 +137,11 @@ class Exam:
     attention_contexts: tuple[int, ...] = (4096, 16384, 32768)
     sample_tokens: int = 120
 
-    def report(self, examiner: Examiner, folder: Path) -> dict[str, object]:
-        """Measure the model of `folder`, which the examiner holds."""
+    def reports(self, examiner: Examiner, folder: Path) -> Iterator[dict[str, object]]:
+        """Measure the model of `folder`, which the examiner holds.
+
+        Yields the report whenever it has grown, so that who is cut off keeps what was measured.
+        """
         found: dict[str, object] = {"has_bos": examiner.has_bos}
         for context in self.contexts:
             found[f"bits_per_byte_{context}"] = examiner.bits_per_byte(
@@ -149,18 +152,16 @@ class Exam:
                 found[key] = examiner.needle(context, num_facts, self.num_trials)
             found[f"chain_of_3_{context}"] = examiner.chains(context, 3, self.num_trials)
             logger.info("context %d: %s", context, found)
-        found["attention"] = self._attention(examiner, folder)
+            yield found
         found["samples"] = samples(examiner.model, folder, self.sample_tokens)
-        return found
-
-    def _attention(self, examiner: Examiner, folder: Path) -> list[dict[str, object]]:
-        model = load_model(folder, examiner.model.device, torch.float32, attention=OBSERVED)
-        reports = []
+        yield found
+        observed = load_model(folder, examiner.model.device, torch.float32, attention=OBSERVED)
+        found["attention"] = attention = []
         for context in self.attention_contexts:
             rng = np.random.default_rng(11)
             ids = examiner.writer.needle(rng, examiner.corpus.tokens[: context - 1], 3).ids
-            reports.append(asdict(attention_report(model, ids)))
-        return reports
+            attention.append(asdict(attention_report(observed, ids)))
+            yield found
 
 
 def load_model(
