@@ -249,7 +249,9 @@ class TextStream:
         self._opens_text = tail is None
         self._utf8.decode(tail or b"")
         unfinished, _ = self._utf8.getstate()
-        self._prompt_is_unfinished = bool(unfinished)
+        # Mostly one mark; half of a surrogate pair is held back like an unfinished character, but
+        # nothing completes it, and it reads as two.
+        self._prompt_marks = unfinished.decode(errors="replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add tokens; returns the new text that no later token can change."""
@@ -262,8 +264,7 @@ class TextStream:
         return self._without_prompt(self._utf8.decode(b"", final=True))
 
     def _without_prompt(self, text: str) -> str:
-        """Drop the mark for a character the prompt began and the output did not complete."""
-        if self._prompt_is_unfinished and text:
-            self._prompt_is_unfinished = False
-            return text.removeprefix(REPLACEMENT)
+        """Drop the marks for a character the prompt began and the output did not complete."""
+        if text:
+            text, self._prompt_marks = text.removeprefix(self._prompt_marks), ""
         return text

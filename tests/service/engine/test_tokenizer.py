@@ -1,3 +1,4 @@
+import itertools
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,20 @@ def test_streamed_text_is_the_whole_text_however_the_tokens_are_grouped(kind, pr
     whole = tokenizer.decode_completion(prompt_ids, output_ids)
     assert streamed(tokenizer, prompt_ids, groups) == whole
     assert streamed(tokenizer, prompt_ids, singly(output_ids)) == whole
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+def test_a_prompt_may_end_in_any_bytes(kind):
+    """Half of a surrogate pair is held back by the decoder, and then is two marks, not one."""
+    tokenizer = TOKENIZERS[kind]
+    leads = [0x41, 0x80, 0xC3, 0xE0, 0xE4, 0xED, 0xF0, 0xF4, 0xFF]
+    nexts = [0x41, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xE4]
+    for prompt in itertools.product(leads, nexts, [None, 0x41, 0x80, 0xBF]):
+        prompt_ids = byte_tokens(tokenizer, bytes(filter(None, prompt)))
+        for output in (b"", b"\x80", b"\xbfA", b"A", b"\xed\xa0", "你".encode()):
+            output_ids = byte_tokens(tokenizer, output)
+            whole = tokenizer.decode_completion(prompt_ids, output_ids)
+            assert streamed(tokenizer, prompt_ids, singly(output_ids)) == whole, (prompt, output)
 
 
 @settings(deadline=None, max_examples=200)
