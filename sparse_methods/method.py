@@ -189,14 +189,16 @@ class SparseAttentionMethod(ABC):
         return 0 if scores else prompt_len
 
     def fallback(self, prompt_len: int, context_len: int | None = None) -> Fallback | None:
-        """What a request gets instead of the method, if any.
+        """What a request gets instead of the method, if any: in the first phase that has such.
 
         Args:
             prompt_len: Tokens of its prompt.
-            context_len: Keys that its last generated row saw, by which a method goes that only
-                decodes: it may begin in the midst of a generation. Unset: as many as the prompt.
+            context_len: Keys that its last generated row saw, by which the decode phase goes: a
+                method may come into force in the midst of a generation. Unset: as many as the
+                prompt.
         """
-        return self.fallback_in(self.phases[0], prompt_len, context_len) if self.phases else None
+        found = (self.fallback_in(phase, prompt_len, context_len) for phase in self.phases)
+        return next(filter(None, found), None)
 
     def fallback_in(
         self, phase: Phase, prompt_len: int, context_len: int | None = None

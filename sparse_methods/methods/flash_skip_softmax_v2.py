@@ -184,11 +184,6 @@ class FlashSkipSoftmax(BlockMethod):
                 )
 
     @override
-    def fallback(self, prompt_len: int, context_len: int | None = None) -> Fallback | None:
-        found = (self.fallback_in(phase, prompt_len, context_len) for phase in Phase)
-        return next(filter(None, found), None)
-
-    @override
     def fallback_in(
         self, phase: Phase, prompt_len: int, context_len: int | None = None
     ) -> Fallback | None:
