@@ -34,13 +34,14 @@ bench: $(VENV)/.installed-dev  ## engine benchmarks on this machine, one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engine $(ARGS)
 
 gpu: export PYTHONPATH := .:$(PYTHONPATH)
+gpu: FOUR_METHODS := dense+flash_skip_softmax+quest+streaming
 gpu:  ## tests and short benchmarks on a CUDA device, with the packages that PYTHON finds
 	$(PYTHON) -m pytest -q -m gpu tests
-	$(PYTHON) -m pytest -q -n 8 tests/sparse_methods/kernels  # most of their time compiles
+	OMP_NUM_THREADS=2 $(PYTHON) -m pytest -q -n 8 tests/sparse_methods/kernels  # most of it compiles
 	$(PYTHON) -m benchmarks.kernels --quick
 	$(PYTHON) -m benchmarks.decode --quick
 	$(PYTHON) -m benchmarks.selection --quick
-	$(PYTHON) -m benchmarks.llama --longest 32768 $(ARGS)
+	$(PYTHON) -m benchmarks.llama --longest 32768 --method dense --method $(FOUR_METHODS) $(ARGS)
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
