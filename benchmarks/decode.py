@@ -4,8 +4,7 @@ A step is captured in a CUDA graph and replayed, as the engine does; contenders 
 median of their rounds counts. Bytes are the keys and values that dense attention reads.
 """
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -15,6 +14,7 @@ import typer
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.cuda_timing import Run, alternate, captured, seconds_of
 from benchmarks.report import save
 from sparse_methods.kernels.operation import (
     AttentionInputs,
@@ -32,7 +32,6 @@ _PAGE = 128
 _SHAPES = ((1, 131072), (8, 32768), (32, 8192))
 _TRIED = tuple(product((4, 8, 16), (1, 2, 4), (32, 64, 128), (4,), (2, 3, 4)))  # ``DecodeConfig``
 _TRIED_QUICKLY = tuple(product((8,), (1, 2, 4, 8), (64, 128), (4,), (3,)))
-Run = Callable[[], object]
 
 
 def main(rounds: int = 7, *, quick: bool = False, write: bool = True) -> None:
@@ -56,16 +55,14 @@ def compare(batch: int, length: int, rounds: int) -> dict[str, float]:
     eighth = replace(inputs, lists=_lists(inputs, one_in=8))
     peaked = replace(inputs, query=_peaked_query(inputs))
     off, on = (torch.full((batch,), value, device="cuda") for value in (float("-inf"), -6.9))
-    seconds = _alternate(
-        {
-            "SDPA, cuDNN": _sdpa(inputs),
-            "dense": _ours(inputs),
-            "lists of 1/8 of the pages": _ours(eighth),
-            "thresholds that skip nothing": _ours(replace(peaked, log_thresholds=off)),
-            "thresholds that skip": _ours(replace(peaked, log_thresholds=on)),
-        },
-        rounds,
-    )
+    contenders = {
+        "SDPA, cuDNN": _sdpa(inputs),
+        "dense": _ours(inputs),
+        "lists of 1/8 of the pages": _ours(eighth),
+        "thresholds that skip nothing": _ours(replace(peaked, log_thresholds=off)),
+        "thresholds that skip": _ours(replace(peaked, log_thresholds=on)),
+    }
+    seconds = alternate({name: captured(run) for name, run in contenders.items()}, rounds)
     num_bytes = 2 * batch * length * _GEOMETRY.num_kv_heads * _GEOMETRY.head_dim * 2
     dense = seconds["dense"]
     return {
@@ -98,11 +95,13 @@ def configurations(tried: Sequence[tuple[int, ...]]) -> dict[str, float]:
     for numbers in tried:
         for name, case in cases.items():
             try:
-                run = _captured(_ours(case, DecodeConfig(*numbers)))
+                run = captured(_ours(case, DecodeConfig(*numbers)))
             except Exception as error:  # noqa: BLE001 - more shared memory than the device has
                 print(f"{names.format(*numbers)}: {type(error).__name__}")
                 break
-            results[f"{names.format(*numbers)}, {name}"] = min(_time(run) for _ in range(3)) * 1e6
+            results[f"{names.format(*numbers)}, {name}"] = (
+                min(seconds_of(run) for _ in range(3)) * 1e6
+            )
     return results
 
 
@@ -174,34 +173,6 @@ def _sdpa(inputs: AttentionInputs) -> Run:
             return functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
     return run
-
-
-def _captured(run: Run) -> Run:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def _time(replay: Run, repeats: int = 20) -> float:
-    """Seconds of one replay."""
-    replay()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        replay()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / repeats / 1e3
-
-
-def _alternate(contenders: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Median seconds of each; the rounds alternate, so that a slow minute hits all alike."""
-    replays = {name: _captured(run) for name, run in contenders.items()}
-    times = [{name: _time(replay) for name, replay in replays.items()} for _ in range(rounds)]
-    return {name: statistics.median(each[name] for each in times) for name in contenders}
 
 
 def _print(name: str, result: dict[str, float]) -> None:

@@ -10,15 +10,16 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
-import triton
 import typer
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.errors import TritonError
 
+from benchmarks.cuda_timing import alternate_for
 from benchmarks.report import save
 from sparse_methods import SparseAttentionMethod, get_sparse_method
 from sparse_methods.kernels import Implementation, pick_implementation
@@ -82,8 +83,7 @@ def main(*, quick: bool = False, warmup: bool = False, write: bool = True) -> No
     for length in _LENGTHS[:2] if quick else _LENGTHS:
         _report(results, f"dense {length}", dense(length, rep_ms))
     inputs = build(32768)
-    cudnn = _milliseconds(_cudnn(inputs), rep_ms)
-    results["cuDNN dense 32768, ms"] = cudnn
+    cudnn = _cudnn(inputs)
     for density in _DENSITIES:
         _report(results, f"lists at density {density}", lists(inputs, density, cudnn, rep_ms))
         method = get_sparse_method("block_topk")({"keep_ratio": density - 0.01, "dense_below": 0})
@@ -120,34 +120,30 @@ def implementations() -> dict[str, Implementation]:
 def dense(length: int, rep_ms: int) -> dict[str, float]:
     """Ours and the peers on a whole prompt."""
     inputs = build(length)
-    expected = _cudnn(inputs)()[0].transpose(0, 1)
-    result: dict[str, float] = {}
-    cudnn = _milliseconds(_cudnn(inputs), rep_ms)
-    peers = {"cuDNN": cudnn}
+    peers = {"cuDNN": _cudnn(inputs)}
     if importlib.util.find_spec("flash_attn") is not None:
-        peers["flash-attn-4"] = _milliseconds(_flash_attn_4(inputs), rep_ms)
+        peers["flash-attn-4"] = _flash_attn_4(inputs)
+    ours = {name: partial(attend, inputs) for name, attend in implementations().items()}
+    times = alternate_for(peers | ours, rep_ms)
+    expected = peers["cuDNN"]()[0].transpose(0, 1)
+    result: dict[str, float] = {}
+    for name, attend in ours.items():
+        result |= {f"ratio: {name} over {peer}": times[peer] / times[name] for peer in peers}
+        difference = (attend().output - expected).abs().max().item()
+        result[f"{name}, largest difference to cuDNN"] = difference
     tera_flop = 2 * length * length * _GEOMETRY.num_heads * _GEOMETRY.head_dim / 1e12
-    for name, attend in implementations().items():
-        difference = (attend(inputs).output - expected).abs().max().item()
-        ours = _milliseconds(lambda attend=attend: attend(inputs), rep_ms)  # type: ignore[misc]
-        result |= {f"ratio: {name} over {peer}": time / ours for peer, time in peers.items()}
-        result |= {
-            f"{name}, ms": ours,
-            f"{name}, TFLOP/s": tera_flop / ours * 1e3,
-            f"{name}, largest difference to cuDNN": difference,
-        }
-    for name, time in peers.items():
+    for name, time in times.items():
         result |= {f"{name}, ms": time, f"{name}, TFLOP/s": tera_flop / time * 1e3}
     return result
 
 
-def lists(inputs: AttentionInputs, density: float, cudnn: float, rep_ms: int) -> dict[str, float]:
+def lists(inputs: AttentionInputs, density: float, cudnn: Run, rep_ms: int) -> dict[str, float]:
     """Random block lists that are given, not selected."""
     listed = replace(inputs, lists=_random_lists(inputs, density))
     return _compare(lambda attend: attend(listed), cudnn, rep_ms)
 
 
-def skipping(clustered: AttentionInputs, cudnn: float, rep_ms: int) -> dict[str, float]:
+def skipping(clustered: AttentionInputs, cudnn: Run, rep_ms: int) -> dict[str, float]:
     """A threshold that drops a known share of tiles, by both visiting orders."""
     first = torch.ones(len(clustered.tiles.tiles), dtype=torch.bool, device="cuda")
     ordered = replace(clustered, diagonal_first=first)
@@ -157,7 +153,7 @@ def skipping(clustered: AttentionInputs, cudnn: float, rep_ms: int) -> dict[str,
 
 
 def selected(
-    inputs: AttentionInputs, method: SparseAttentionMethod, cudnn: float, rep_ms: int
+    inputs: AttentionInputs, method: SparseAttentionMethod, cudnn: Run, rep_ms: int
 ) -> dict[str, float]:
     """A method that chooses its blocks, choosing included."""
     pages = inputs.page_table.pages[0]
@@ -192,16 +188,17 @@ def selected(
 
 
 def _compare(
-    run: Callable[[Implementation], AttentionOutputs], cudnn: float, rep_ms: int
+    run: Callable[[Implementation], AttentionOutputs], cudnn: Run, rep_ms: int
 ) -> dict[str, float]:
     """Each of our implementations against dense attention by cuDNN."""
+    ours = {name: partial(run, attend) for name, attend in implementations().items()}
+    times = alternate_for({"cuDNN dense": cudnn} | ours, rep_ms)
     result: dict[str, float] = {}
-    for name, attend in implementations().items():
-        total, chosen, skipped = run(attend).blocks.sum((0, 1)).tolist()
-        ours = _milliseconds(lambda attend=attend: run(attend), rep_ms)  # type: ignore[misc]
-        result |= {f"ratio: {name} over cuDNN dense": cudnn / ours, f"{name}, ms": ours}
+    for name, attend in ours.items():
+        total, chosen, skipped = attend().blocks.sum((0, 1)).tolist()
+        result |= {f"ratio: {name} over cuDNN dense": times["cuDNN dense"] / times[name]}
         result |= {"density": (chosen - skipped) / total, "listed": chosen / total}
-    return result
+    return result | {f"{name}, ms": time for name, time in times.items()}
 
 
 def variants(
@@ -319,9 +316,7 @@ def _flash_attn_4(inputs: AttentionInputs) -> Run:
 
 
 def _milliseconds(run: Run, rep_ms: int) -> float:
-    run()  # compiles
-    median: float = triton.testing.do_bench(run, warmup=25, rep=rep_ms, return_mode="median")
-    return median
+    return alternate_for({"": run}, rep_ms)[""]
 
 
 def _report(results: dict[str, Any], name: str, result: dict[str, Any]) -> None:

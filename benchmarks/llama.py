@@ -63,7 +63,7 @@ def main(  # noqa: PLR0913 - each is an option of the command line
     fuse: bool = True,
     write: bool = True,
 ) -> None:
-    """Measure methods: name, name@v1 or name@v1{"knob": 1}; several joined by + share a decode batch."""
+    """Measure methods: name, name@v1 or name@v1{"knob": 1}; joined by +, they decode together."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("this benchmark needs a CUDA device")
     runner = build_runner(num_layers, fuse=fuse)

@@ -135,13 +135,18 @@ def _gate_kernel(both, product, IS_SILU: tl.constexpr, WIDTH: tl.constexpr, CHAN
     source = both + row * 2 * WIDTH + channels
     gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(source + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    result = activated(gate, IS_SILU) * up
+    tl.store(product + row * WIDTH + channels, result.to(product.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def activated(gate, IS_SILU: tl.constexpr):
+    """SiLU of float32, or GELU in its approximation by tanh."""
     if IS_SILU:
         argument = gate
     else:  # (1 + tanh(z)) / 2 is the sigmoid of 2 z
         argument = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    gate *= tl.sigmoid(tl.maximum(argument, -80.0))  # the exponential of more than 88 overflows
-    result = (gate * up).to(product.dtype.element_ty)
-    tl.store(product + row * WIDTH + channels, result, mask=mask)
+    return gate * tl.sigmoid(tl.maximum(argument, -80.0))  # exp of more than 88 overflows
 
 
 @triton.jit

@@ -1,0 +1,192 @@
+"""The linear layers of an 8B model on a GPU: cuBLAS against our kernels and the library quack.
+
+``python -m benchmarks.products``. One row, as of a sequence that decodes alone: captured in a CUDA
+graph that runs through more weights than the cache holds; ours is ``triton_single_row``, in every
+configuration that is tried. The rows of a prompt's chunk: quack (a part of flash-attn-4) where it
+is installed, which gates a product before it is written. Time of the product of gate and up
+includes the activation.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import typer
+from torch.nn import functional
+
+from benchmarks.cuda_timing import Run, alternate, captured
+from benchmarks.report import save
+from service.models.kernels import triton_modules, triton_single_row
+from service.models.kernels.operations import Projection
+from service.models.kernels.triton_single_row import SingleRowConfig
+
+_GATED = "gate and up"
+_SHAPES = {  # outputs, inputs: Llama 3.1 8B
+    "queries, keys, values": (6144, 4096),
+    "attention's output": (4096, 4096),
+    _GATED: (28672, 4096),
+    "down": (4096, 14336),
+    "logits": (128256, 4096),
+}
+_CHUNK = 8192
+_CYCLED_BYTES = 400e6  # several times what a cache holds
+_TRIED = tuple(product((4, 8, 16), (512, 1024), (4, 8)))  # ``SingleRowConfig``
+Product = Callable[[torch.Tensor, Projection], torch.Tensor]
+
+
+def main(rounds: int = 5, *, quick: bool = False, write: bool = True) -> None:
+    """Run the comparisons and print ratios first."""
+    if not torch.cuda.is_available():
+        print("This benchmark needs a CUDA device.")
+        raise typer.Exit(2)
+    rounds = 3 if quick else rounds
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+    for name, shape in _SHAPES.items():
+        result = compare_one_row(name, shape, rounds)
+        results[f"{name}, one row"] = result
+        _print(f"{name}, one row", result)
+    for name, shape in _SHAPES.items():
+        if name != "logits":  # of a prompt's chunk only rows that give a token get any
+            results[f"{name}, {_CHUNK} rows"] = result = compare_chunk(name, shape, rounds)
+            _print(f"{name}, {_CHUNK} rows", result)
+    if write:
+        print(f"\nwritten to {save('products', results)}")
+
+
+def compare_one_row(name: str, shape: tuple[int, int], rounds: int) -> dict[str, float]:
+    """Times of one row: cuBLAS, and ours in each configuration."""
+    num_bytes = shape[0] * shape[1] * 2
+    copies = [_projection(name, shape) for _ in range(max(1, round(_CYCLED_BYTES / num_bytes)))]
+    row = torch.randn(1, shape[1], device="cuda", dtype=torch.bfloat16)
+    contenders = {"cuBLAS": _cublas(name)} | {
+        str(numbers): _ours(name, SingleRowConfig(*numbers)) for numbers in _TRIED
+    }
+    difference = _difference(contenders, row, copies[0])
+
+    def over_all(contender: Product) -> Run:
+        return captured(lambda: [contender(row, weights) for weights in copies])
+
+    runs = {label: over_all(contender) for label, contender in contenders.items()}
+    seconds = {label: s / len(copies) for label, s in alternate(runs, rounds).items()}
+    best = min(seconds.keys() - {"cuBLAS"}, key=seconds.__getitem__)
+    return {
+        "ratio: cuBLAS / ours by default": seconds["cuBLAS"] / seconds[_label(SingleRowConfig())],
+        f"ratio: cuBLAS / ours of outputs, channels, warps {best}": seconds["cuBLAS"]
+        / seconds[best],
+        "cuBLAS, TB/s": num_bytes / seconds["cuBLAS"] / 1e12,
+        "largest difference, share of the largest output": difference,
+        **{f"{label}, us": value * 1e6 for label, value in seconds.items()},
+    }
+
+
+def compare_chunk(name: str, shape: tuple[int, int], rounds: int) -> dict[str, float]:
+    """Times of a prompt's chunk: cuBLAS by either of its interfaces, and quack."""
+    projection = _projection(name, shape)
+    rows = torch.randn(_CHUNK, shape[1], device="cuda", dtype=torch.bfloat16)
+    contenders = {"cuBLAS": _cublas(name), "cuBLASLt": _by_cublaslt(_cublas(name))}
+    if importlib.util.find_spec("quack"):
+        contenders |= _quack(name)
+    difference = _difference(contenders, rows, projection)
+    runs = {label: partial(c, rows, projection) for label, c in contenders.items()}
+    seconds = alternate(runs, rounds)
+    operations = 2 * _CHUNK * shape[0] * shape[1]
+    return {
+        **{f"ratio: cuBLAS / {n}": seconds["cuBLAS"] / s for n, s in seconds.items()},
+        "cuBLAS, TFLOP/s": operations / seconds["cuBLAS"] / 1e12,
+        "largest difference, share of the largest output": difference,
+        **{f"{label}, ms": value * 1e3 for label, value in seconds.items()},
+    }
+
+
+def _projection(name: str, shape: tuple[int, int]) -> Projection:
+    weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
+    num_parts = 2 if name == _GATED else 1
+    return Projection(weight, None, (shape[0] // num_parts,) * num_parts)
+
+
+def _cublas(name: str) -> Product:
+    if name == _GATED:
+        return lambda rows, projection: triton_modules.gated_product(rows, projection, "silu")
+    return lambda rows, projection: functional.linear(rows, projection.weight)
+
+
+def _by_cublaslt(contender: Product) -> Product:
+    def run(rows: torch.Tensor, projection: Projection) -> torch.Tensor:
+        before = torch.backends.cuda.preferred_blas_library()
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+        try:
+            return contender(rows, projection)
+        finally:
+            torch.backends.cuda.preferred_blas_library(before)
+
+    return run
+
+
+def _ours(name: str, config: SingleRowConfig) -> Product:
+    if name == _GATED:
+        return lambda row, projection: triton_single_row.gated_product(
+            row, projection, "silu", config
+        )
+    return lambda row, projection: triton_single_row.linear(row, projection, config)
+
+
+def _quack(name: str) -> dict[str, Product]:
+    """The library's products as it would choose them; compiling takes seconds for each tile."""
+    from quack.gemm_config import GemmConfig
+    from quack.gemm_interface import gemm, gemm_gated
+
+    if name != _GATED:
+        return {"quack": lambda rows, projection: gemm(rows, projection.weight.T, tuned=False)}
+
+    def gated(config: Any) -> Product:  # noqa: ANN401 - a type of the library
+        return lambda rows, projection: gemm_gated(
+            rows,
+            projection.weight.T,
+            activation="swiglu",
+            store_preact=False,
+            concat_layout=("B",),
+            tuned=False,
+            config=config,
+        )[1]
+
+    return {
+        "quack": gated(None),
+        "quack, 128 x 256": gated(
+            GemmConfig(128, 256, pingpong=False, is_dynamic_persistent=False)
+        ),
+        "quack, 128 x 192 in turns": gated(
+            GemmConfig(128, 192, pingpong=True, is_dynamic_persistent=False)
+        ),
+    }
+
+
+def _difference(contenders: dict[str, Product], rows: torch.Tensor, weights: Projection) -> float:
+    """Leave out who cannot run here; the largest difference of the others from the first."""
+    expected, largest = None, 0.0
+    for label, contender in list(contenders.items()):
+        try:
+            output = contender(rows, weights).float()
+        except Exception as error:  # noqa: BLE001 - whatever a library says of a shape it has not
+            print(f"{label}: {type(error).__name__}: {str(error)[:200]}")
+            del contenders[label]
+            continue
+        expected = output if expected is None else expected
+        largest = max(largest, ((output - expected).abs().max() / expected.abs().max()).item())
+    return largest
+
+
+def _label(config: SingleRowConfig) -> str:
+    return str((config.outputs, config.channels, config.num_warps))
+
+
+def _print(name: str, result: dict[str, float]) -> None:
+    print(f"\n{name}")
+    for key, value in result.items():
+        print(f"  {value:10.4g}  {key}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
