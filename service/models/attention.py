@@ -105,21 +105,21 @@ class PagedAttention:
         self._tile_blocks = torch.zeros(0)  # [N, 3] int64, what the layers so far have counted
         # Blocks and elements that the layers of this step read, not added to the counters yet.
         self._counted: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._decided: Decided = {}
+        self._decided = Decided()
 
     @contextmanager
     def running(self, batch: AttentionBatch) -> Iterator[None]:
         """Make ``batch`` the one that the layers attend to; what they read counts when all did."""
         self._batch = batch
         self._counted = []
-        self._decided = {}
+        self._decided = Decided()
         try:
             yield
             self._add_counted(batch.counter_rows)
         finally:
             self._batch = None
             self._counted = []
-            self._decided = {}
+            self._decided = Decided()
 
     def observe(self, observer: Callable[[AttentionInputs], None]) -> None:
         """Call ``observer`` with the inputs of every later layer that runs without a graph."""

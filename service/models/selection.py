@@ -1,7 +1,7 @@
 """Which blocks each tile of a batch reads in one layer: every method is asked for its own tiles."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
@@ -104,9 +104,19 @@ class Layer:
 
 
 Selection = BlockSelection | PageSelection
-# What methods that decide alike in every layer have decided in this step, by place of the group
-# and by the number of KV heads, for which a decision has a list each.
-Decided = dict[tuple[int, int], Selection | None]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What holds for every layer of a step, since methods say that they decide alike in all.
+
+    Attributes:
+        selections: Of single methods, by place of the group and number of KV heads.
+        lists: Of the whole batch, where all its methods are such, by number of KV heads.
+    """
+
+    selections: dict[tuple[int, int], Selection | None] = field(default_factory=dict)
+    lists: dict[int, BlockLists | None] = field(default_factory=dict)
 
 
 def select(
@@ -121,15 +131,27 @@ def select(
     ``query`` holds the [T, Hq, D] packed rows of a batch of ``num_tiles`` tiles. ``decided`` is
     the step's, empty in its first layer; without it every method is asked in every layer.
     """
-    decided = {} if decided is None else decided
+    decided = Decided() if decided is None else decided
+    num_kv_heads = layer.geometry.num_kv_heads
+    if num_kv_heads in decided.lists:
+        return decided.lists[num_kv_heads]
     answers: list[tuple[PrefillGroup | DecodeGroup, Selection]] = []
     for place, group in enumerate(groups):
-        key = (place, layer.geometry.num_kv_heads)
-        selection = decided[key] if key in decided else _ask(layer, query, group)
+        key, known = (place, num_kv_heads), decided.selections
+        selection = known[key] if key in known else _ask(layer, query, group)
         if not group.method.selects_per_layer:
-            decided[key] = selection
+            known[key] = selection
         if selection is not None:
             answers.append((group, selection))
+    lists = _lists(answers, num_tiles)
+    if not any(group.method.selects_per_layer for group in groups):
+        decided.lists[num_kv_heads] = lists
+    return lists
+
+
+def _lists(
+    answers: Sequence[tuple[PrefillGroup | DecodeGroup, Selection]], num_tiles: int
+) -> BlockLists | None:
     if not answers:
         return None
     if len(answers) == 1 and answers[0][1].counts.shape[0] == num_tiles:

@@ -36,8 +36,10 @@ class Workspace:
         has_thresholds = inputs.log_thresholds is not None
         num_tiles = len(inputs.tiles.tiles) if has_thresholds else 0
         counters = [num_heads, geometry.num_kv_heads] if has_thresholds else [0, 0]
+        sizes = [num_tiles * count for count in counters]
+        zeros = query.new_zeros(sum(sizes), dtype=torch.int32).split(sizes)  # by one launch
         return cls(
             query.new_empty(num_rows, num_heads, geometry.value_dim),
             query.new_empty(num_rows, num_heads, dtype=torch.float32),
-            *(query.new_zeros(num_tiles, count, dtype=torch.int32) for count in counters),
+            *(part.view(num_tiles, n) for part, n in zip(zeros, counters, strict=True)),
         )

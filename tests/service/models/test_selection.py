@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from service.models.selection import DecodeGroup, Layer, PrefillGroup, select
+from service.models.selection import Decided, DecodeGroup, Layer, PrefillGroup, select
 from sparse_methods import get_sparse_method
 from sparse_methods.kernels.operation import LayerGeometry
 from sparse_methods.method import SparseAttentionMethod
@@ -48,6 +48,12 @@ class Fixed(SparseAttentionMethod):
         if self.given is not None:
             return self.given
         return PageSelection(*self.lists(len(view.query))) if self.answers else None
+
+
+class Once(Fixed):
+    """Decides alike in every layer."""
+
+    selects_per_layer = False
 
 
 def chosen(*args):
@@ -135,11 +141,8 @@ def test_some_tiles_of_a_batch_leave_the_others_alone():
 
 
 def test_a_method_that_decides_alike_in_every_layer_is_asked_once_per_step():
-    class Once(Fixed):
-        selects_per_layer = False
-
     once, always = Once([0, 1]), Fixed([2])
-    groups, decided = [rows_of(once, [0, 1]), rows_of(always, [2, 3])], {}
+    groups, decided = [rows_of(once, [0, 1]), rows_of(always, [2, 3])], Decided()
     query = torch.zeros(4, HEADS, 8)
     first = chosen(query, groups, 4, decided)
     once.seen = always.seen = None
@@ -147,8 +150,21 @@ def test_a_method_that_decides_alike_in_every_layer_is_asked_once_per_step():
     assert once.seen is None
     assert always.seen is not None
     assert listed(first) == listed(second)
-    select(layer(), query, groups, 4, {})
+    select(layer(), query, groups, 4, Decided())
     assert once.seen is not None
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_lists_of_methods_that_all_decide_alike_are_made_once_per_step(answers):
+    methods = [Once([0, 1], answers=answers), Once([2], answers=answers)]
+    groups = [rows_of(methods[0], [0, 1]), rows_of(methods[1], [2, 3])]
+    query, decided = torch.zeros(4, HEADS, 8), Decided()
+    first = select(layer(), query, groups, 4, decided)
+    assert (first is not None) == answers
+    for method in methods:
+        method.seen = None
+    assert select(layer(), query, groups, 4, decided) is first
+    assert [method.seen for method in methods] == [None, None]
 
 
 @pytest.mark.parametrize("group", ["prompt", "rows"])
@@ -156,7 +172,7 @@ def test_what_is_decided_alike_in_every_layer_has_a_list_for_each_kv_head_of_any
     """As in models whose global layers have fewer KV heads than the others."""
     method = get_sparse_method("streaming")({"window_blocks": 1, "dense_below": 0})
     groups = [prompt(method)] if group == "prompt" else [rows_of(method, range(5))]
-    decided, shapes = {}, []
+    decided, shapes = Decided(), []
     for num_kv_heads in (4, 2, 4):
         query = torch.zeros(LENGTH if group == "prompt" else 5, 4, 8)
         lists = select(layer(num_kv_heads), query, groups, 5, decided)
