@@ -37,7 +37,7 @@ gpu: export PYTHONPATH := .:$(PYTHONPATH)
 gpu: FOUR_METHODS := dense+flash_skip_softmax+quest+streaming
 gpu:  ## tests and short benchmarks on a CUDA device, with the packages that PYTHON finds
 	$(PYTHON) -m pytest -q -m gpu tests
-	OMP_NUM_THREADS=2 $(PYTHON) -m pytest -q -n 8 -p no:benchmark tests/sparse_methods/kernels
+	OMP_NUM_THREADS=2 $(PYTHON) -m pytest -q -n 8 -p no:benchmark tests/sparse_methods/kernels tests/service/models/kernels
 	$(PYTHON) -m benchmarks.kernels --quick
 	$(PYTHON) -m benchmarks.decode --quick
 	$(PYTHON) -m benchmarks.selection --quick

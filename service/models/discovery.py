@@ -30,8 +30,8 @@ _NUM_TOKENS = 8
 _PLAIN_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _UNDERSTOOD = {  # kwargs of an attention call that geometry covers, or that change nothing
     "scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids",
-    "position_embeddings", "cache_position", "attention_mask", "past_key_values", "use_cache",
-    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+    "position_embeddings", "cache_position", "attention_mask", "past_key_values", "cache",
+    "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
 }  # fmt: skip
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 _CHANGES_SCORES = {"position_bias", "indices", "block_indices", "sinks"}

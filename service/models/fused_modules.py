@@ -125,14 +125,17 @@ class FusedAttention:
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: object = None,
+        cache: object = None,
         **_: object,
     ) -> tuple[torch.Tensor, None]:
         """[1, T, H] to [1, T, H]; the angles are [1, T, at least half].
 
+        A cache has another name from transformers 5.24 on.
+
         Raises:
             RuntimeError: The model keeps a cache of its own.
         """
-        if past_key_values is not None:
+        if past_key_values is not None or cache is not None:
             raise RuntimeError("fused attention writes to the paged cache only")
         cosines, sines = (angles[0] for angles in position_embeddings)
         heads, projection = self._heads, self._projection

@@ -1,5 +1,6 @@
 """What the Triton kernels of one attention call write into."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +37,21 @@ class Workspace:
         has_thresholds = inputs.log_thresholds is not None
         num_tiles = len(inputs.tiles.tiles) if has_thresholds else 0
         counters = [num_heads, geometry.num_kv_heads] if has_thresholds else [0, 0]
-        sizes = [num_tiles * count for count in counters]
-        zeros = query.new_zeros(sum(sizes), dtype=torch.int32).split(sizes)  # by one launch
+        skipped, unread_keys = _zeros(query, [(num_tiles, count) for count in counters])
         return cls(
             query.new_empty(num_rows, num_heads, geometry.value_dim),
             query.new_empty(num_rows, num_heads, dtype=torch.float32),
-            *(part.view(num_tiles, n) for part, n in zip(zeros, counters, strict=True)),
+            skipped,
+            unread_keys,
         )
+
+
+def _zeros(like: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """int32 tensors of zeros that one launch fills.
+
+    Each begins at a multiple of 16 bytes: Triton compiles anew for one that does not.
+    """
+    sizes = [rows * columns for rows, columns in shapes]
+    padded = [-(-size // 4) * 4 for size in sizes]
+    parts = like.new_zeros(sum(padded), dtype=torch.int32).split(padded)
+    return [part[:size].view(shape) for part, size, shape in zip(parts, sizes, shapes, strict=True)]

@@ -20,9 +20,9 @@ class SingleRowConfig:
     """How the work is cut.
 
     Attributes:
-        outputs: rows of the weight that a program owns; of a gated product as many gates and as
-            many values.
-        channels: of the row, taken at a time; a power of two.
+        outputs: rows of the weight that a program owns, a power of two; of a gated product as many
+            gates and as many values.
+        channels: of the row, taken at a time, a power of two.
     """
 
     outputs: int = 8
@@ -31,12 +31,17 @@ class SingleRowConfig:
 
 
 _DEFAULT = SingleRowConfig()
+_DEFAULT_GATED = SingleRowConfig(outputs=4)  # as many rows of the weight, and registers
 
 
 def linear(
     row: torch.Tensor, projection: Projection, config: SingleRowConfig = _DEFAULT
 ) -> torch.Tensor:
-    """The projection of ``row``, one row [..., K] that is contiguous: [..., N]."""
+    """The projection of ``row``, one row [..., K]: [..., N].
+
+    Raises:
+        ValueError: There are several rows, or channels that do not lie side by side.
+    """
     return _launch(row, projection, len(projection.weight), None, config)
 
 
@@ -44,9 +49,9 @@ def gated_product(
     row: torch.Tensor,
     projection: Projection,
     activation: Activation,
-    config: SingleRowConfig = _DEFAULT,
+    config: SingleRowConfig = _DEFAULT_GATED,
 ) -> torch.Tensor:
-    """See ``ModuleKernels``; ``row`` [..., K] is one row, which is contiguous."""
+    """See ``ModuleKernels``; for one row [..., K], like ``linear``."""
     return _launch(row, projection, projection.sizes[0], activation, config)
 
 
@@ -58,6 +63,8 @@ def _launch(
     config: SingleRowConfig,
 ) -> torch.Tensor:
     weight = projection.weight
+    if row.numel() != weight.shape[1] or not row.is_contiguous() or weight.stride(1) != 1:
+        raise ValueError(f"One contiguous row of {weight.shape[1]} channels, not {row.shape}.")
     output = torch.empty(*row.shape[:-1], num_outputs, dtype=row.dtype, device=row.device)
     _single_row_kernel[(triton.cdiv(num_outputs, config.outputs),)](
         row,

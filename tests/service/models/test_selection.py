@@ -155,12 +155,18 @@ def test_a_method_that_decides_alike_in_every_layer_is_asked_once_per_step():
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_lists_of_methods_that_all_decide_alike_are_made_once_per_step(answers):
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_lists_of_methods_that_all_decide_alike_are_made_once_per_step(answers, is_padded):
     methods = [Once([0, 1], answers=answers), Once([2], answers=answers)]
-    groups = [rows_of(methods[0], [0, 1]), rows_of(methods[1], [2, 3])]
+    groups = [rows_of(methods[0], [0, 1]), rows_of(methods[1], [2])]
+    if is_padded:  # as in a captured graph
+        membership = [[True, True, False, False], [False, False, True, False]]
+        groups = [rows_of(m, range(4), own) for m, own in zip(methods, membership, strict=True)]
     query, decided = torch.zeros(4, HEADS, 8), Decided()
     first = select(layer(), query, groups, 4, decided)
     assert (first is not None) == answers
+    if first is not None:
+        assert listed(first) == [both([0, 1])] * 2 + [both([2]), both(None)]
     for method in methods:
         method.seen = None
     assert select(layer(), query, groups, 4, decided) is first

@@ -55,6 +55,12 @@ def test_gates_far_below_zero_close():
     assert abs(product) < 1e-30  # and is a number, though the exponential of 300 is none
 
 
+def test_several_rows_are_refused():
+    row, projection = case(4, 16, torch.float32, has_bias=False)
+    with pytest.raises(ValueError, match="One contiguous row of 16 channels"):
+        triton_single_row.linear(row.expand(1, 2, 16), projection)
+
+
 def test_weights_of_a_wider_matrix_are_read_by_their_stride():
     row, projection = case(6, 64, torch.float32, has_bias=False)
     expected = functional.linear(row[..., :32], projection.weight[:, :32])
