@@ -1,6 +1,7 @@
 """The built-in model as files: what a stranger with plain transformers gets."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_the_architecture_is_stock_and_holds_32768_tokens():
 
 
 def test_plain_transformers_loads_it_and_finds_a_planted_number(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         FOLDER, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
