@@ -32,8 +32,7 @@ def seconds_of(run: Run, repeats: int = 20) -> float:
 
 def alternate(contenders: Mapping[str, Run], rounds: int) -> dict[str, float]:
     """Median seconds of each, of short work; the rounds alternate."""
-    times = [{name: seconds_of(run) for name, run in contenders.items()} for _ in range(rounds)]
-    return {name: statistics.median(each[name] for each in times) for name in contenders}
+    return _in_turns(contenders, dict.fromkeys(contenders, 20), rounds)
 
 
 def alternate_for(contenders: Mapping[str, Run], rep_ms: int, rounds: int = 5) -> dict[str, float]:
@@ -42,8 +41,14 @@ def alternate_for(contenders: Mapping[str, Run], rep_ms: int, rounds: int = 5) -
         name: max(2, round(rep_ms / rounds / 1e3 / seconds_of(run, 2)))
         for name, run in contenders.items()
     }
+    return {name: s * 1e3 for name, s in _in_turns(contenders, repeats, rounds).items()}
+
+
+def _in_turns(
+    contenders: Mapping[str, Run], repeats: Mapping[str, int], rounds: int
+) -> dict[str, float]:
     times = [
-        {name: seconds_of(run, repeats[name]) * 1e3 for name, run in contenders.items()}
+        {name: seconds_of(run, repeats[name]) for name, run in contenders.items()}
         for _ in range(rounds)
     ]
     return {name: statistics.median(each[name] for each in times) for name in contenders}

@@ -225,6 +225,16 @@ def test_fused_attention_refuses_a_cache_of_the_models_own():
         operated.model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=True)
 
 
+@pytest.mark.parametrize(
+    "name", ["past_key_values", "cache"]
+)  # before transformers 5.24, and since
+def test_fused_attention_knows_both_names_of_a_cache(name):
+    attention = Operated(tiny.build("llama")).layers[0].module
+    angles = torch.zeros(1, 3, 16), torch.zeros(1, 3, 16)
+    with pytest.raises(RuntimeError, match="paged cache only"):
+        attention.forward(torch.zeros(1, 3, 64), angles, **{name: object()})
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
 def test_rows_that_nobody_reads_skip_the_last_mlp(name):
     operated = Operated(tiny.build(name))
