@@ -43,6 +43,7 @@ class Followers:
 
     def __init__(self, module: str, size: int) -> None:
         self.failure = ""
+        self._failing = threading.Lock()
         self._is_stopping = False
         self._tell: Callable[[str], None] | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -102,13 +103,14 @@ class Followers:
 
     def fail(self, reason: str) -> None:
         """Say that nothing can be computed any more; the process ends soon."""
-        if self.failure or self._is_stopping:
-            return
-        self.failure = reason
+        with self._failing:  # a rank's thread and whoever waits for the rank often see it together
+            if self.failure or self._is_stopping:
+                return
+            # No thread of ours may be needed for it: they may all wait for the device, which waits
+            # for the rank that is lost. Whoever reads of the failure can rely on the end.
+            faulthandler.dump_traceback_later(_END_GRACE_S, exit=True, file=_STDERR)
+            self.failure = reason
         logger.error("%s; the service ends", reason)
-        # No thread of ours may be needed for it: they may all wait for the device, which waits for
-        # the rank that is lost.
-        faulthandler.dump_traceback_later(_END_GRACE_S, exit=True, file=_STDERR)
         if self._tell is not None:
             self._tell(reason)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -81,6 +82,38 @@ def test_the_death_of_one_is_a_failure_at_once(pair, last_resort):
     assert len(last_resort) == 1  # whatever hangs, the process ends
     with pytest.raises(UnavailableError, match="rank 2 ended"):
         pair.tell("anything")
+
+
+def test_who_reads_of_a_failure_relies_on_the_end_being_near(pair, monkeypatch):
+    failures_when_armed: list[str] = []
+    monkeypatch.setattr(
+        faulthandler,
+        "dump_traceback_later",
+        lambda *_, **__: failures_when_armed.append(pair.failure),
+    )
+    pair.fail("first")
+    assert failures_when_armed == [""]
+
+
+def test_two_that_see_a_failure_together_are_one(pair, monkeypatch):
+    armed: list[float] = []
+    told: list[str] = []
+
+    def arm(grace_s: float, **_: object) -> None:
+        armed.append(grace_s)
+        time.sleep(0.1)  # meanwhile the other one comes
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", arm)
+    pair.on_failure(told.append)
+    reasons = ["a rank's thread", "who waits for its answer"]
+    threads = [threading.Thread(target=pair.fail, args=(reason,)) for reason in reasons]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(armed) == 1
+    assert told == [pair.failure]
+    assert pair.failure in reasons
 
 
 def test_one_that_dies_before_it_answers_is_not_waited_for(pair, last_resort):
