@@ -1,5 +1,8 @@
 """The command line, with an engine that says words."""
 
+import os
+import sys
+
 import pytest
 import typer
 from rich.console import Console
@@ -15,6 +18,12 @@ from sparse_methods import get_sparse_method, list_sparse_methods
 from tests.service.fake_engine import WORDS, FakeEngine
 
 runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _the_process_goes_on(monkeypatch):
+    """`serve` ends the whole process where a thread is still busy; here that is the tests' own."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
 
 
 @pytest.fixture
