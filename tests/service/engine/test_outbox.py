@@ -80,3 +80,19 @@ def test_adding_updates_is_the_same_as_reading_them_late():
     for part in parts[1:]:
         added += part
     assert asyncio.run(run()) == added
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 3])
+def test_an_end_stays_the_end_when_a_token_comes_in_after_it(num_before):
+    async def run():
+        outbox = Outbox()
+        for token_id in range(num_before):
+            outbox.put(0, update_of(token_id))
+        outbox.put(0, Update(error=GenerationError("the engine is gone")))
+        outbox.put(0, update_of(9))  # was on its way
+        assert isinstance(await outbox.first_error(), GenerationError)
+        return await outbox.take()
+
+    [(_, update)] = asyncio.run(run())
+    assert isinstance(update.error, GenerationError)
+    assert update.token_ids == (*range(num_before), 9)
