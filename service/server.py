@@ -57,6 +57,14 @@ class Server(uvicorn.Server):
         self.exit_code = 0
 
     @override
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until the end; ``exit_code`` says how it ended, also if it could not begin."""
+        try:
+            super().run(sockets)
+        except SystemExit:  # uvicorn's, which logged why: the address is taken, say
+            self.exit_code = 1
+
+    @override
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until the end; every connection is an open file."""
         needed = self._max_connections + _OTHER_FILES
@@ -105,7 +113,7 @@ class Server(uvicorn.Server):
             return True
         self._holder.watch()
         status = self._holder.status()
-        if self._holder.is_loaded and not status.is_alive and not self._is_dead:
+        if status.loaded and not status.is_alive and not self._is_dead:
             self._is_dead = True
             _log.critical("not ready any more: %s", status.reason)
         return self._is_dead and self._exits_on_death

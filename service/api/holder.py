@@ -38,7 +38,8 @@ class EngineHolder:
         self._engine: Engine | None = None
         self._is_draining = False
         self._thread: threading.Thread | None = None
-        self.failure: Exception | None = None
+        self._is_stopped = False
+        self.failure: BaseException | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -54,7 +55,8 @@ class EngineHolder:
             UnavailableError: It has not been loaded (yet).
         """
         if self._engine is None:
-            raise UnavailableError(f"The server is not ready: {self.status().reason}.")
+            reason = self.status().reason or "the model is loading"  # it may be there by now
+            raise UnavailableError(f"The server is not ready: {reason}.")
         return self._engine
 
     @property
@@ -81,7 +83,8 @@ class EngineHolder:
             self._engine.drain()
 
     def stop(self) -> None:
-        """Abort whatever runs and end the engine thread."""
+        """Abort whatever runs and end the engine thread; an engine still loading ends at once."""
+        self._is_stopped = True
         self.drain()
         if self._engine is not None:
             self._engine.stop()
@@ -92,8 +95,9 @@ class EngineHolder:
 
     def status(self) -> EngineStatus:
         """State of the engine; a status that is not loaded while there is none."""
-        if self._engine is not None:
-            return self._engine.status()
+        engine = self._engine  # once: the thread that loads may set it at any moment
+        if engine is not None:
+            return engine.status()
         if self.failure is None:
             return _NOT_LOADED
         return EngineStatus(**{**vars(_NOT_LOADED), "reason": "the model could not be loaded"})
@@ -101,13 +105,15 @@ class EngineHolder:
     def _run(self, events: EngineEvents) -> None:
         try:
             engine = self._load(events)
-        except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to
+            gc.collect()
+            gc.freeze()  # model and tokenizer stay: no later collection need look at them again
+            engine.start()
+        except BaseException as error:  # noqa: BLE001 - a thread has nobody to raise to
             _log.exception("the model could not be loaded")
             self.failure = error
             return
-        gc.collect()
-        gc.freeze()  # model and tokenizer stay: no later collection needs to look at them again
-        engine.start()
         self._engine = engine
         if self._is_draining:  # told to stop while loading
             engine.drain()
+        if self._is_stopped:
+            engine.stop()
