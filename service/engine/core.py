@@ -77,7 +77,7 @@ class EngineCore:
     @property
     def num_running(self) -> int:
         """Sequences that are being computed."""
-        return self._scheduler.num_unfinished - self._scheduler.num_unstarted
+        return self._scheduler.num_started
 
     @property
     def num_waiting(self) -> int:

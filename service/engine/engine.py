@@ -99,7 +99,7 @@ class Engine:
         self.attention = runner.attention_name
         self.runner = runner
         self.core = self._build_core(runner)
-        self._loop = EngineLoop(self.core)
+        self._loop = EngineLoop(self.core, settings.stall_timeout_s)
         if ranks is not None:
             ranks.followers.on_failure(self._loop.abandon)
         self._admission = Admission(settings, capacity, self.core, self._loop)
@@ -199,10 +199,11 @@ class Engine:
         """State of the engine, read without waiting."""
         age_s = self._idle_s
         is_stalled = age_s > self.settings.stall_timeout_s
+        is_alive = self._loop.is_alive  # before the reason for its death, which is set first
         reason = ""
         if self._loop.death:
             reason = f"the engine cannot go on: {self._loop.death}"
-        elif not self._loop.is_alive:
+        elif not is_alive:
             reason = "the engine thread is not running"
         elif self._is_draining:
             reason = "the server is draining"
@@ -210,7 +211,7 @@ class Engine:
             reason = f"the engine has made no progress for {age_s:.0f} s"
         return EngineStatus(
             loaded=True,
-            is_alive=self._loop.is_alive,
+            is_alive=is_alive,
             is_draining=self._is_draining,
             is_stalled=is_stalled,
             reason=reason,

@@ -146,7 +146,9 @@ class Triage:
             if chunk.sequence not in failed and _leaves_traces(chunk.sequence.method)
         ]
         restarted += [chunk.sequence for chunk in self._interrupted if chunk.sequence in live]
-        return Verdict(kind, error, lost + failed, restarted, self._unrepeatable)
+        # Where collecting the step before fails, too, some are named twice.
+        failed, restarted = list(dict.fromkeys(lost + failed)), list(dict.fromkeys(restarted))
+        return Verdict(kind, error, failed, restarted, self._unrepeatable)
 
     def _failed_for_nobody(
         self, chunks: list[Chunk], kind: FaultKind, num_run: int

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from typing import cast
 
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 def main(descriptor: int, rank: int) -> None:
     """Load a share of the model and follow rank 0 through the pipe until it says that it ends."""
+    # A supervisor may ask every process to end; rank 0 answers what runs first, and needs this one.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     inbox = Inbox(descriptor)
     welcome = cast("Welcome", inbox.take())
     settings = welcome.settings
@@ -40,7 +43,7 @@ if __name__ == "__main__":
     try:
         main(int(sys.argv[1]), int(sys.argv[2]))
         status = 0
-    except Exception:
+    except BaseException:
         logger.exception("a tensor-parallel rank failed")
         status = 1
     sys.stderr.flush()

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 _STOPPED = "The server was stopped before the generation ended."
 MAX_FAILED_STEPS = 10  # in a row, before the engine is given up
 _ENDING_S = 0.1  # for a thread that has been given up, and may hang
-_IDLE_WAIT_S = 0.5  # how often an idle engine shows that it is alive
+_BEAT_S = 0.5  # how often an idle engine shows that it is alive, at least
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,18 @@ class Address:
 class EngineLoop:
     """Runs an ``EngineCore`` in a thread of its own.
 
+    Args:
+        core: What it runs.
+        stall_timeout_s: After how many seconds without a heartbeat it would count as stuck.
+
     Attributes:
         death: Why the engine cannot go on; empty as long as it can.
         heartbeat: When the thread last began a step, by the monotonic clock.
     """
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, stall_timeout_s: float) -> None:
         self._core = core
+        self._beat_s = min(_BEAT_S, stall_timeout_s / 4)
         self._num_failed_steps = 0  # in a row, and nobody's fault in particular
         self.death = ""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -135,8 +140,8 @@ class EngineLoop:
         self._inbox.put(lambda: self._guard(sequence, command))
 
     def _take_in(self, sequence: Sequence) -> None:
-        del self._entering[sequence]
         self._guard(sequence, lambda: self._core.add(sequence))
+        del self._entering[sequence]  # last, so that admission always counts it
 
     def _guard(self, sequence: Sequence, command: Callable[[], None]) -> None:
         """Run a command about one sequence; if it fails, only that sequence does."""
@@ -161,7 +166,7 @@ class EngineLoop:
     def _take_commands(self) -> None:
         is_idle = not self._core.has_work
         try:
-            command = self._inbox.get(timeout=_IDLE_WAIT_S if is_idle else 0)
+            command = self._inbox.get(timeout=self._beat_s if is_idle else 0)
             while True:
                 command()
                 command = self._inbox.get_nowait()
@@ -222,8 +227,7 @@ class EngineLoop:
 
     def _forget(self, address: Address) -> None:
         for sequence in [s for s, a in list(self._addresses.items()) if a is address]:
-            del self._addresses[sequence]
-            self._core.abort(sequence, "client")
+            self.abort(sequence, "client")  # by the engine's own thread, whichever this is
 
 
 def _dead(reason: str) -> str:

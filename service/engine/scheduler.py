@@ -98,6 +98,12 @@ class Scheduler:
         return len(self.waiting) + len(self.running)
 
     @property
+    def num_started(self) -> int:
+        """Sequences that are being computed."""
+        # A copy, as probes ask from another thread.
+        return sum(sequence.num_own_tokens > 0 for sequence in list(self.running))
+
+    @property
     def num_unstarted(self) -> int:
         """Sequences of which nothing is being computed, whether they have a place or not."""
         return len(self.waiting) + len(self._placed_and_idle())

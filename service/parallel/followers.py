@@ -183,3 +183,6 @@ class Inbox:
         except (EOFError, OSError):
             logger.error("rank 0 has ended; this rank ends, too")  # noqa: TRY400 - no bug of ours
             os._exit(1)
+        except BaseException:
+            logger.exception("a message of rank 0 cannot be read; this rank ends")
+            os._exit(1)
