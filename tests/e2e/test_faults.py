@@ -103,10 +103,11 @@ def test_100_mb_are_refused_and_not_kept(hostile, is_declared):
 
 def test_slow_heads_and_bodies_are_ended_while_others_are_served(hostile):
     with contextlib.ExitStack() as stack:
-        slow = [stack.enter_context(open_connection(hostile)) for _ in range(100)]
-        for index, connection in enumerate(slow):
+        slow = []
+        for index in range(100):
+            slow.append(stack.enter_context(open_connection(hostile)))
             sent = b"GET /health HT" if index % 2 else head("Content-Length: 50") + b'{"prompt'
-            connection.sendall(sent)
+            slow[-1].sendall(sent)
         assert hostile.generate("It was", max_tokens=2)["usage"]["completion_tokens"] == 2
         assert {status_of(receive_all(connection)) for connection in slow} == {408}
 
@@ -133,10 +134,10 @@ def test_probes_are_answered_while_the_engine_is_busy(hostile):
     thread.start()
     num_probes = 0
     with httpx.Client(base_url=hostile.url) as client:
-        while not answers:
+        while thread.is_alive():
             assert client.get("/health/ready").status_code == 200
             num_probes += 1
-    thread.join()
+    assert answers
     assert num_probes > 20
 
 
@@ -238,9 +239,12 @@ def test_a_server_whose_engine_hangs_says_so_and_ends_unless_it_may_stay(start_s
     options = ["--stall-timeout-s", "0.3"]
     options += ["--no-exit-on-engine-death"] if stays else []
     server = start_server(*options, prelude=HANGS).wait_ready()
-    answer = server.client.post("/generate", json={"prompt": PRIVATE})
-    assert answer.status_code == 503
-    assert "no progress" in answer.json()["error"]["message"]
+    for _ in range(20):  # an idle engine looks stuck, too, while the whole machine stands still
+        answer = server.client.post("/generate", json={"prompt": PRIVATE})
+        assert answer.status_code == 503
+        assert "no progress" in answer.json()["error"]["message"]
+        if "cannot go on" in answer.json()["error"]["message"]:
+            break
     if stays:
         ready = server.client.get("/health/ready")
         assert ready.status_code == 503

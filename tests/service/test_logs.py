@@ -21,7 +21,8 @@ def log():
     stream = io.StringIO()
     configure_logging("debug", stream)
     yield stream
-    root.handlers, root.level = before, level
+    root.handlers = before
+    root.setLevel(level)
 
 
 def lines(log: io.StringIO) -> list[dict[str, Any]]:

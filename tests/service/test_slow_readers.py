@@ -41,7 +41,7 @@ def stuck_client(address: str) -> socket.socket:
 
 
 def test_who_does_not_read_takes_little_memory_slows_nobody_and_is_let_go() -> None:
-    engine = FakeEngine(Settings(client_timeout_s=3))
+    engine = FakeEngine(Settings(client_timeout_s=6))
     engine.words = CountedWords(("x" * WORD_BYTES,) * NUM_WORDS)
     with running_server(engine) as address, contextlib.ExitStack() as stack:
         for _ in range(NUM_STUCK):
@@ -59,6 +59,6 @@ def test_who_does_not_read_takes_little_memory_slows_nobody_and_is_let_go() -> N
         engine.words = ("short",)
         answer = httpx.post(address + "/generate", json={"prompt": "p"})
         assert answer.json()["text"] == "short"
-        wait_until(lambda: engine.num_aborted == NUM_STUCK, 20)
+        wait_until(lambda: engine.num_aborted == NUM_STUCK, 30)
         assert engine.num_running == 0
         assert engine.num_aborted == NUM_STUCK

@@ -134,7 +134,7 @@ async def test_a_refusal_is_one_as_well(spans) -> None:
 
 def test_the_span_of_a_client_that_leaves_ends_without_an_end_of_the_generation(spans) -> None:
     engine = FakeEngine(TRACED)
-    engine.step_s = 0.2
+    engine.step_s, engine.words = 0.02, ("word ",) * 1000
     with running_server(engine) as address:
         body = {"prompt": "p", "stream": True}
         with httpx.stream("POST", address + "/generate", json=body) as response:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import lzma
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # sums in one order: resumed runs can be compared bit by bit
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """A training stops on SIGTERM and SIGINT; the process that runs the tests goes on as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

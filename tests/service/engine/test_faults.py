@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from service.engine.events import FaultKind
-from service.engine.faults import diagnose
+from service.engine.faults import Triage, diagnose
+from service.engine.scheduler import Chunk
 from service.errors import GenerationError, ServiceError
 from service.models.method_fault import MethodFaultError
 from sparse_methods import get_sparse_method
 from tests.service.engine.faults.injection import boom
+from tests.service.engine.stepping import sequence_of
 
 
 def test_what_clients_are_told_is_ours_and_never_what_was_raised():
@@ -34,3 +36,17 @@ def test_an_error_that_interrupted_another_is_not_blamed_on_that_one():
         interrupted()
     assert isinstance(raised.value.__context__, MethodFaultError)
     assert diagnose(raised.value)[0] is FaultKind.STEP
+
+
+def test_who_is_lost_in_two_steps_at_once_fails_once():
+    one = sequence_of([5, 6])
+    triage, chunk = Triage(), Chunk(one, 0, 2)
+
+    def choose():
+        with triage.choosing([chunk]):
+            raise RuntimeError("the device is lost")
+
+    for _ in range(2):  # the step that is launched, and the one before it, which is collected
+        with pytest.raises(RuntimeError):
+            choose()
+    assert triage.judge(RuntimeError(), [one], 1).failed == [one]

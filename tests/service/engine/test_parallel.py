@@ -1,6 +1,7 @@
 """Two ranks give everybody the tokens and the statistics that one process gives."""
 
 import asyncio
+import faulthandler
 from typing import ClassVar
 
 import pytest
@@ -50,10 +51,13 @@ def settings_of(directory, num_ranks: int, **others: object) -> Settings:
 def engines(request, tiny_model_dir):
     """One process, and two ranks."""
     settings = [settings_of(tiny_model_dir, n, run_ahead=request.param) for n in (1, 2)]
-    loaded = [Engine.load(of_one, Counting()) for of_one in settings]
-    yield loaded
-    for engine in loaded:
-        engine.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        # A rank that is lost ends the process of rank 0, which is that of all these tests.
+        patch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)
+        loaded = [Engine.load(of_one, Counting()) for of_one in settings]
+        yield loaded
+        for engine in loaded:
+            engine.stop()
 
 
 def play_both(engines: list[Engine], requests: list[Request]):

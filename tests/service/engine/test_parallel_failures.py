@@ -44,7 +44,7 @@ def add_request(engine: Engine) -> None:
 
 def wait_for_failure(engine: Engine) -> None:
     deadline = time.monotonic() + 30
-    while not ranks_of(engine).failure:
+    while not engine._loop.death:  # which comes after the failure of the ranks
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -94,3 +94,12 @@ def test_a_step_that_fails_on_another_rank_ends_it(engine):
     wait_for_failure(engine)
     add_request(engine)
     check_that_nothing_is_served(engine, "tensor-parallel rank 1 ended with status 1")
+
+
+def test_a_rank_leaves_it_to_rank_0_when_to_end(engine):
+    os.kill(ranks_of(engine).followers.pids[0], signal.SIGTERM)
+    add_request(engine)
+    updates = [update for _ in range(12) for update in engine.core.step().values()]
+    assert updates[-1].finish is not None
+    assert sum(len(update.token_ids) for update in updates) == GREEDY.max_tokens
+    assert not ranks_of(engine).failure

@@ -122,6 +122,13 @@ def test_one_that_dies_before_it_answers_is_not_waited_for(pair, last_resort):
     assert pair.failure
 
 
+def test_a_message_that_cannot_be_read_ends_who_gets_it(pair, last_resort):
+    pair.ask("hello")
+    pair._pipes[0].send_bytes(b"no pickle")
+    wait_for(lambda: pair.failure)
+    assert pair.failure == "tensor-parallel rank 1 ended with status 1"
+
+
 def test_one_that_does_not_answer_is_not_waited_for_long(pair, last_resort, monkeypatch):
     monkeypatch.setattr(module, "ANSWER_TIMEOUT_S", 0.1)
     monkeypatch.setattr(module, "_STOP_TIMEOUT_S", 0.1)

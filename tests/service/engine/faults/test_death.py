@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from service.engine.events import FaultKind
+from service.engine.watchdog import Watchdog
 from service.errors import GenerationError, UnavailableError
 from tests.service.engine.driving import prompt_of, request, run, running_engine, wait_until
 from tests.service.engine.faults.injection import Panic, boom, together
@@ -69,11 +70,12 @@ def test_a_thread_that_ends_by_whatever_raises_tells_everybody(tiny_model_dir, m
 def test_a_step_that_hangs_is_given_up_and_its_pages_are_free_if_it_ever_returns(
     running, monkeypatch
 ):
-    with running(stall_timeout_s=0.1) as one:
-        goes_on = threading.Event()
+    with running() as one:
+        is_inside, goes_on = threading.Event(), threading.Event()
         original = one.runner.run
 
         def hang(chunks):
+            is_inside.set()
             goes_on.wait(20)
             return original(chunks)
 
@@ -81,6 +83,8 @@ def test_a_step_that_hangs_is_given_up_and_its_pages_are_free_if_it_ever_returns
 
         async def ask():
             async with await one.submit(request(prompt_of(5))) as generation:
+                await asyncio.to_thread(is_inside.wait, 20)
+                monkeypatch.setattr(one, "_watchdog", Watchdog(0.4))
                 await asyncio.to_thread(
                     wait_until, lambda: one.watch() or not one.status().is_alive
                 )
@@ -99,6 +103,14 @@ def test_a_step_that_hangs_is_given_up_and_its_pages_are_free_if_it_ever_returns
         assert one.events.kinds == [FaultKind.HANG]
 
 
+def test_an_idle_engine_shows_that_it_is_alive_before_it_would_look_stuck(running):
+    for stall_timeout_s in (0.4, 30):
+        with running(stall_timeout_s=stall_timeout_s) as one:
+            assert one._loop._beat_s < stall_timeout_s / 2
+            before = one._loop.heartbeat
+            wait_until(lambda one=one, before=before: one._loop.heartbeat > before)
+
+
 def test_the_status_tells_of_a_stalled_and_of_a_dead_engine(running, monkeypatch):
     with running(stall_timeout_s=0.05) as one:
 
@@ -108,8 +120,7 @@ def test_the_status_tells_of_a_stalled_and_of_a_dead_engine(running, monkeypatch
 
         monkeypatch.setattr(one.core, "step", hang)
         monkeypatch.setattr(type(one.core), "has_work", property(lambda _: True))
-        wait_until(lambda: one.status().is_stalled)
-        assert "no progress" in one.status().reason
+        wait_until(lambda: "no progress" in one.status().reason)
         monkeypatch.undo()
         one.stop()
         assert not one.status().is_alive
