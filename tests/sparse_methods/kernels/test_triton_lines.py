@@ -53,8 +53,7 @@ def test_fewest_lines_that_hold_a_share_in_whole_blocks(kind, shape, share, monk
             assert torch.equal(sums[head, tile].cpu(), expected)
 
 
-@pytest.mark.parametrize("least", [0.0, 5 / 64])
-@pytest.mark.parametrize("count", [0, 1, 9, 4096])
+@pytest.mark.parametrize(("count", "least"), [(1, 0.0), (9, 0.0), (9, 5 / 64), (4096, 0.0)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_that_the_largest_diagonals_cross(kind, shape, count, least, monkeypatch):
@@ -74,6 +73,11 @@ def test_blocks_that_the_largest_diagonals_cross(kind, shape, count, least, monk
                 if block >= 0
             }
             assert set(given[head, tile].nonzero()[:, 0].tolist()) == expected
+
+
+def test_no_diagonal_crosses_no_block():
+    lines = lines_of("many values", 5, 24, 2)
+    assert not triton_lines.crossed_blocks(lines.to(DEVICE), 2, 24, 0, 0.0).any()
 
 
 def test_zeros_behind_leave_a_decision_as_it_is(monkeypatch):
