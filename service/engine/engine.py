@@ -197,8 +197,7 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """State of the engine, read without waiting."""
-        age_s = self._idle_s
-        is_stalled = age_s > self.settings.stall_timeout_s
+        is_stalled = (age_s := self._idle_s) > self.settings.stall_timeout_s
         is_alive = self._loop.is_alive  # before the reason for its death, which is set first
         reason = ""
         if self._loop.death:

@@ -93,11 +93,6 @@ class Scheduler:
         return self._pages.num_used
 
     @property
-    def num_unfinished(self) -> int:
-        """Sequences that wait or run."""
-        return len(self.waiting) + len(self.running)
-
-    @property
     def num_started(self) -> int:
         """Sequences that are being computed."""
         # A copy, as probes ask from another thread.
