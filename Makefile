@@ -6,8 +6,8 @@ CORES := $(shell nproc 2>/dev/null || echo 1)
 export OMP_NUM_THREADS ?= $(CORES)
 # A process per core with one thread each; the tests of a file stay together and in their order, which
 # begins with the slow ones of whole servers. A process that dies ends the run with the name of its
-# test: its successor would be given finished files again, and both would wait for ever. So does one
-# that heeds no signal for longer than any test may take.
+# test: its successor would be given finished files again, and both would wait for ever. One that heeds
+# no signal for longer than any test may take is made to die.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder \
 	--max-worker-restart=0 -o faulthandler_timeout=1000 -o faulthandler_exit_on_timeout=true
 

@@ -29,8 +29,8 @@ class Server(uvicorn.Server):
     signal ends the wait.
 
     Attributes:
-        exit_code: 0 after a signal, 1 if the model could not be loaded or the engine died, unless
-            the operator wants a server with a dead engine to stay.
+        exit_code: 0 after a signal, 1 if the address could not be had, the model not be loaded, or
+            the engine died, unless the operator wants a server with a dead engine to stay.
     """
 
     def __init__(self, settings: Settings, app: FastAPI, announce: Callable[[str], None]) -> None:

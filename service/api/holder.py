@@ -83,7 +83,7 @@ class EngineHolder:
             self._engine.drain()
 
     def stop(self) -> None:
-        """Abort whatever runs and end the engine thread; an engine still loading ends at once."""
+        """Abort whatever runs and end the engine thread; if it still loads, as soon as it has."""
         self._is_stopped = True
         self.drain()
         if self._engine is not None:
