@@ -68,13 +68,15 @@ class Replica:
         """Return if new requests are taken; the first check, which ends the start, waits for that.
 
         Raises:
-            UnavailableError: The engine died or makes no progress; Ray then replaces the replica.
+            UnavailableError: The model could not be loaded, the engine died, or it makes no
+                progress; Ray then replaces the replica.
         """
         from service.errors import UnavailableError
 
         while not self._holder.is_loaded:
-            if self._holder.failure is not None:
-                raise self._holder.failure
+            if (failure := self._holder.failure) is not None:
+                # Whatever it is: what is no Exception would end Ray's own event loop.
+                raise UnavailableError(f"The model could not be loaded: {failure}.") from failure
             await asyncio.sleep(_LOADING_POLL_S)
         if self._metrics.done():
             raise UnavailableError("The metrics of this replica can no longer be read.")

@@ -127,8 +127,8 @@ def test_a_replica_is_healthy_exactly_when_the_service_is_ready(application):
         await asyncio.wait([replica._metrics])
         with pytest.raises(UnavailableError, match="metrics"):
             await replica.check_health()
-        holder.is_loaded, holder.failure = False, OSError("no such model")
-        with pytest.raises(OSError, match="no such model"):
+        holder.is_loaded, holder.failure = False, SystemExit("no such model")
+        with pytest.raises(UnavailableError, match="no such model"):
             await replica.check_health()
         return said
 
