@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 def main(descriptor: int, rank: int) -> None:
     """Load a share of the model and follow rank 0 through the pipe until it says that it ends."""
     # A supervisor may ask every process to end; rank 0 answers what runs first, and needs this one.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Not ignored, or compilers that are started from here would ignore it, too.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # see ``Followers``
     inbox = Inbox(descriptor)
     welcome = cast("Welcome", inbox.take())
     settings = welcome.settings

@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -144,14 +145,19 @@ class Followers:
 def _start(module: str, pipe: Connection, rank: int) -> subprocess.Popen[bytes]:
     """Run a follower that imports what this process imports, and is ended by it alone."""
     descriptor = pipe.fileno()
-    return subprocess.Popen(  # noqa: S603 - our own module in our own interpreter
-        [sys.executable, "-m", module, str(descriptor), str(rank)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        pass_fds=[descriptor],
-        stdin=subprocess.DEVNULL,
-        stdout=_STDERR,  # standard output is this process's own
-        start_new_session=True,  # an interrupt at the terminal lets requests finish first
-    )
+    # SIGTERM waits until the follower, whose imports take seconds, says what it makes of it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return subprocess.Popen(  # noqa: S603 - our own module in our own interpreter
+            [sys.executable, "-m", module, str(descriptor), str(rank)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            pass_fds=[descriptor],
+            stdin=subprocess.DEVNULL,
+            stdout=_STDERR,  # standard output is this process's own
+            start_new_session=True,  # an interrupt at the terminal lets requests finish first
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Inbox:

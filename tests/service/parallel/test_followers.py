@@ -65,6 +65,15 @@ def test_stopping_ends_all_of_them_and_is_no_failure(last_resort):
     assert not last_resort
 
 
+def test_a_signal_that_comes_before_a_follower_can_heed_it_ends_nobody():
+    ranks = Followers(ECHO, 2)
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert ranks.ask("hello") == [(1, ["hello"])]
+    ranks.stop()
+    assert not ranks.failure
+
+
 def test_one_that_does_not_end_is_killed(monkeypatch):
     monkeypatch.setattr(module, "_STOP_TIMEOUT_S", 0.2)
     ranks = Followers(ECHO, 2)
