@@ -146,8 +146,9 @@ class Triage:
             if chunk.sequence not in failed and _leaves_traces(chunk.sequence.method)
         ]
         restarted += [chunk.sequence for chunk in self._interrupted if chunk.sequence in live]
-        # Where collecting the step before fails, too, some are named twice.
-        failed, restarted = list(dict.fromkeys(lost + failed)), list(dict.fromkeys(restarted))
+        # Where collecting the step before fails, too, some are named twice, or under both.
+        failed = list(dict.fromkeys(lost + failed))
+        restarted = [one for one in dict.fromkeys(restarted) if one not in failed]
         return Verdict(kind, error, failed, restarted, self._unrepeatable)
 
     def _failed_for_nobody(

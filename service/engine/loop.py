@@ -24,7 +24,8 @@ _log = logging.getLogger(__name__)
 _STOPPED = "The server was stopped before the generation ended."
 MAX_FAILED_STEPS = 10  # in a row, before the engine is given up
 _ENDING_S = 0.1  # for a thread that has been given up, and may hang
-_BEAT_S = 0.5  # how often an idle engine shows that it is alive, at least
+_BEAT_S = 0.5  # how often an idle engine shows that it is alive, unless that is too seldom
+_LEAST_BEAT_S = 0.005  # or it would be busy with that
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class EngineLoop:
 
     def __init__(self, core: EngineCore, stall_timeout_s: float) -> None:
         self._core = core
-        self._beat_s = min(_BEAT_S, stall_timeout_s / 4)
+        self._beat_s = max(_LEAST_BEAT_S, min(_BEAT_S, stall_timeout_s / 4))
         self._num_failed_steps = 0  # in a row, and nobody's fault in particular
         self.death = ""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -84,6 +85,7 @@ class EngineLoop:
 
     def start(self) -> None:
         """Start the thread."""
+        self.heartbeat = time.monotonic()  # what came before was loading
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
@@ -216,7 +218,7 @@ class EngineLoop:
             if address is None:
                 continue
             by_loop.setdefault(address.event_loop, []).append((address, update))
-            if update.finish is not None or update.error is not None:
+            if update.is_last:
                 self._addresses.pop(sequence, None)
         for event_loop, items in by_loop.items():
             try:

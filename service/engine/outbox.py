@@ -28,9 +28,8 @@ class _Backlog:
         self._token_ids += update.token_ids
         self._logprobs += update.logprobs
         self._prompt_logprobs += update.prompt_logprobs
-        # An end stays the end, also if something that was on its way comes in after it.
-        self._finish = self._finish or update.finish
-        self.error = self.error or update.error
+        if self._finish is None and self.error is None:  # see ``Update``
+            self._finish, self.error = update.finish, update.error
 
     def merged(self) -> Update:
         """All of them as one."""

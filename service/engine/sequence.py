@@ -137,13 +137,19 @@ class Update:
     error: ServiceError | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the generation has ended."""
+        return self.finish is not None or self.error is not None
+
     def __add__(self, later: "Update") -> "Update":
+        end = self if self.is_last else later  # whatever was on its way changes nothing of an end
         return Update(
             self.text + later.text,
             self.token_ids + later.token_ids,
             self.logprobs + later.logprobs,
-            later.finish,
-            later.error,
+            end.finish,
+            end.error,
             self.prompt_logprobs + later.prompt_logprobs,
         )
 

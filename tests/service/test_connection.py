@@ -28,9 +28,11 @@ def address(engine):
 
 @pytest.fixture(scope="module")
 def impatient():
-    """The address of a server that waits a second for the rest of a request."""
-    with running_server(FakeEngine(Settings(client_timeout_s=1))) as one:
+    """The address of a server that waits a second for the rest of a request, which never comes."""
+    hasty = FakeEngine(Settings(client_timeout_s=1))
+    with running_server(hasty) as one:
         yield one
+    assert not hasty.requests
 
 
 MALFORMED = {

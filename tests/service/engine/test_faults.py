@@ -1,5 +1,7 @@
 """What was raised, told apart: whose fault it is, and what clients are told of it."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -50,3 +52,20 @@ def test_who_is_lost_in_two_steps_at_once_fails_once():
         with pytest.raises(RuntimeError):
             choose()
     assert triage.judge(RuntimeError(), [one], 1).failed == [one]
+
+
+def test_who_fails_does_not_start_over_as_well(monkeypatch):
+    one = sequence_of([5, 6])
+    triage, last = Triage(), Chunk(one, 0, 2)
+    part = dataclasses.replace(last, num_tokens=1)
+    monkeypatch.setattr("service.engine.faults.num_prompt_rows", lambda _: 1)
+
+    def choose(chunk):
+        with triage.choosing([chunk]):
+            raise RuntimeError("the device is lost")
+
+    for chunk in (part, part, last):
+        with pytest.raises(RuntimeError):
+            choose(chunk)
+    verdict = triage.judge(RuntimeError(), [one], 1)
+    assert (verdict.failed, verdict.restarted) == ([one], [])

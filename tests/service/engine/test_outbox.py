@@ -1,12 +1,15 @@
 """A reader that is slow costs what its answer weighs, and loses nothing."""
 
 import asyncio
+import functools
+import operator
 
 import pytest
 
 from service.engine.outbox import Outbox
-from service.engine.sequence import TokenLogprob, Update
+from service.engine.sequence import Finish, FinishReason, Timing, TokenLogprob, Update
 from service.errors import GenerationError
+from sparse_methods.statistics import RequestStatistics
 
 
 def update_of(token_id: int) -> Update:
@@ -82,17 +85,24 @@ def test_adding_updates_is_the_same_as_reading_them_late():
     assert asyncio.run(run()) == added
 
 
+GONE = GenerationError("the engine is gone")
+FINISH = Finish(FinishReason.STOP, None, RequestStatistics(), Timing(0, 0, 0, 0, 0), 1, 0, 1)
+
+
 @pytest.mark.parametrize("num_before", [0, 1, 3])
-def test_an_end_stays_the_end_when_a_token_comes_in_after_it(num_before):
+@pytest.mark.parametrize("end", [Update(error=GONE), Update(finish=FINISH)])
+@pytest.mark.parametrize("late", [update_of(9), Update(error=GenerationError("stopped"))])
+def test_an_end_stays_the_end_whatever_comes_in_after_it(num_before, end, late):
+    updates = [*map(update_of, range(num_before)), end, late]
+
     async def run():
         outbox = Outbox()
-        for token_id in range(num_before):
-            outbox.put(0, update_of(token_id))
-        outbox.put(0, Update(error=GenerationError("the engine is gone")))
-        outbox.put(0, update_of(9))  # was on its way
-        assert isinstance(await outbox.first_error(), GenerationError)
+        for update in updates:
+            outbox.put(0, update)
+        assert await outbox.first_error() is end.error
         return await outbox.take()
 
-    [(_, update)] = asyncio.run(run())
-    assert isinstance(update.error, GenerationError)
-    assert update.token_ids == (*range(num_before), 9)
+    [(_, read)] = asyncio.run(run())
+    assert (read.finish, read.error) == (end.finish, end.error)
+    assert read == functools.reduce(operator.add, updates)
+    assert read.token_ids == (*range(num_before), *late.token_ids)

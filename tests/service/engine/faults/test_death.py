@@ -7,11 +7,16 @@ import time
 import pytest
 import torch
 
+from service.engine import loop
 from service.engine.events import FaultKind
+from service.engine.outbox import Outbox
+from service.engine.scheduler import Scheduler
+from service.engine.sequence import Update
 from service.engine.watchdog import Watchdog
 from service.errors import GenerationError, UnavailableError
 from tests.service.engine.driving import prompt_of, request, run, running_engine, wait_until
 from tests.service.engine.faults.injection import Panic, boom, together
+from tests.service.engine.stepping import sequence_of
 
 
 def test_steps_that_fail_in_a_row_end_the_engine(running, monkeypatch):
@@ -103,12 +108,64 @@ def test_a_step_that_hangs_is_given_up_and_its_pages_are_free_if_it_ever_returns
         assert one.events.kinds == [FaultKind.HANG]
 
 
-def test_an_idle_engine_shows_that_it_is_alive_before_it_would_look_stuck(running):
-    for stall_timeout_s in (0.4, 30):
-        with running(stall_timeout_s=stall_timeout_s) as one:
-            assert one._loop._beat_s < stall_timeout_s / 2
-            before = one._loop.heartbeat
-            wait_until(lambda one=one, before=before: one._loop.heartbeat > before)
+def test_an_idle_engine_shows_that_it_is_alive_before_it_would_look_stuck(running, monkeypatch):
+    monkeypatch.setattr(loop, "_BEAT_S", 60)
+    with running(stall_timeout_s=0.4) as one:
+        before = one._loop.heartbeat
+        wait_until(lambda: one._loop.heartbeat > before)
+
+
+def test_loading_is_not_counted_as_standing_still(engine):
+    idle = loop.EngineLoop(engine.core, 30)
+    idle.heartbeat = -1e6
+    idle._stopping.set()
+    idle.start()
+    assert idle.heartbeat > 0
+
+
+def test_the_status_of_an_engine_that_dies_meanwhile_is_of_one_moment(engine, monkeypatch):
+    seen = iter([True, False, False])
+    monkeypatch.setattr(loop.EngineLoop, "is_alive", property(lambda _: next(seen)))
+    status = engine.status()
+    assert (status.is_alive, status.reason) == (True, "")
+
+
+def test_never_fewer_than_none_run(engine, monkeypatch):
+    """Probes ask while the engine takes sequences in."""
+    monkeypatch.setattr(Scheduler, "num_unstarted", property(lambda _: 9))
+    assert engine.status().num_running == 0
+
+
+def test_who_is_taken_in_is_counted_all_the_time(engine, monkeypatch):
+    counted, add = [], engine.core.add
+
+    def add_and_look(sequence):
+        counted.append(engine._loop.num_waiting_tokens)
+        add(sequence)
+        counted.append(engine._loop.num_waiting_tokens)
+
+    monkeypatch.setattr(engine.core, "add", add_and_look)
+    run(engine, request(prompt_of(40)))
+    assert min(counted) >= 40
+
+
+def test_only_the_engine_thread_ends_what_nobody_can_be_told_of(engine, monkeypatch):
+    threads, abort = [], engine.core.abort
+
+    def record(sequence, reason):
+        threads.append(threading.current_thread().name)
+        abort(sequence, reason)
+
+    monkeypatch.setattr(engine.core, "abort", record)
+    closed = asyncio.new_event_loop()
+    sequence = sequence_of(prompt_of(40), max_tokens=900)
+    address = loop.Address(closed, Outbox(), 0)
+    closed.close()
+    engine._loop._addresses[sequence] = address
+    engine._loop._deliver({sequence: Update("x")})
+    wait_until(lambda: bool(threads))
+    assert threads == ["engine"]
+    assert sequence not in engine._loop._addresses
 
 
 def test_the_status_tells_of_a_stalled_and_of_a_dead_engine(running, monkeypatch):
