@@ -38,7 +38,6 @@ def test_every_route_keeps_the_promises_of_the_document(operation, mode, address
     @settings(
         max_examples=20,
         derandomize=True,
-        deadline=None,
         database=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),

@@ -203,6 +203,4 @@ class Pages(RuleBasedStateMachine):
 
 
 TestPages = Pages.TestCase
-TestPages.settings = hypothesis.settings(
-    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
-)
+TestPages.settings = hypothesis.settings(max_examples=60, stateful_step_count=40, derandomize=True)

@@ -1,7 +1,6 @@
 """Two ranks give everybody the tokens and the statistics that one process gives."""
 
 import asyncio
-import faulthandler
 from typing import ClassVar
 
 import pytest
@@ -48,16 +47,13 @@ def settings_of(directory, num_ranks: int, **others: object) -> Settings:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["waits", "runs ahead"])
-def engines(request, tiny_model_dir):
+def engines(request, tiny_model_dir, _no_last_resort):
     """One process, and two ranks."""
     settings = [settings_of(tiny_model_dir, n, run_ahead=request.param) for n in (1, 2)]
-    with pytest.MonkeyPatch.context() as patch:
-        # A rank that is lost ends the process of rank 0, which is that of all these tests.
-        patch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)
-        loaded = [Engine.load(of_one, Counting()) for of_one in settings]
-        yield loaded
-        for engine in loaded:
-            engine.stop()
+    loaded = [Engine.load(of_one, Counting()) for of_one in settings]
+    yield loaded
+    for engine in loaded:
+        engine.stop()
 
 
 def play_both(engines: list[Engine], requests: list[Request]):

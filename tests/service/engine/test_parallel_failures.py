@@ -1,7 +1,6 @@
 """When the ranks no longer agree, nothing more is served and everything ends."""
 
 import asyncio
-import faulthandler
 import os
 import signal
 import time
@@ -23,8 +22,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 @pytest.fixture
-def engine(tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)
+def engine(tiny_model_dir, _no_last_resort):
     engine = Engine.load(settings_of(tiny_model_dir, 2), NoEvents())
     yield engine
     engine.stop()

@@ -116,7 +116,7 @@ ids = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8)
 rows = st.tuples(samplings, st.integers(0, 2**32), ids, ids)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(rows, st.integers(0, 1000))
 def test_one_row_is_sampled_as_token_by_token_arithmetic_says(row, logits_seed):
     logits = random_logits(1, logits_seed)
@@ -127,7 +127,7 @@ def test_one_row_is_sampled_as_token_by_token_arithmetic_says(row, logits_seed):
     assert sampler().sample(logits, [sequence(*row)]).result().token_ids == [expected]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(rows, min_size=1, max_size=9), st.integers(0, 1000))
 def test_a_row_alone_is_the_row_in_any_batch(batch, logits_seed):
     logits = random_logits(len(batch), logits_seed)
@@ -296,7 +296,7 @@ def test_a_model_may_have_fewer_columns_than_the_tokenizer_has_ids():
     assert sampler().sample(torch.tensor([[3.0, 2.0, 1.0]]), [seq]).result().token_ids == [2]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(samplings, st.integers(0, 1000))
 def test_tokens_that_the_host_learns_late_change_nothing(sampling, seed):
     """One sequence gets each token before the next is chosen, the other one step later."""

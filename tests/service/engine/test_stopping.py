@@ -69,7 +69,7 @@ samplings = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(
     samplings,
     st.lists(st.sampled_from([A, A, B, B, ING, E_ACUTE_1, E_ACUTE_2, EOS, 2**40]), max_size=20),

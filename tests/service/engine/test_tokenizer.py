@@ -64,7 +64,7 @@ def byte_tokens(tokenizer: Tokenizer, data: bytes) -> list[int]:
     return [ids[bytes([byte])] for byte in data]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(kinds, token_ids, st.lists(token_ids, max_size=8))
 def test_streamed_text_is_the_whole_text_however_the_tokens_are_grouped(kind, prompt_ids, groups):
     tokenizer = TOKENIZERS[kind]
@@ -88,14 +88,14 @@ def test_a_prompt_may_end_in_any_bytes(kind):
             assert streamed(tokenizer, prompt_ids, singly(output_ids)) == whole, (prompt, output)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(token_ids)
 def test_byte_level_text_is_what_hugging_face_decodes_even_where_it_is_not_utf_8(ids):
     known = [i for i in ids if 0 <= i < BYTE_LEVEL.vocab_size]
     assert BYTE_LEVEL.decode(ids) == BACKENDS["byte-level"].decode(known)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(kinds, texts, st.data())
 def test_text_before_and_after_any_cut_joins_to_what_hugging_face_decodes(kind, text, data):
     tokenizer, backend = TOKENIZERS[kind], BACKENDS[kind]
@@ -109,7 +109,7 @@ def test_text_before_and_after_any_cut_joins_to_what_hugging_face_decodes(kind, 
     assert before + streamed(tokenizer, ids[:cut], singly(ids[cut:])) == whole
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(texts)
 @example("Hello there, 🚀")
 def test_byte_level_encoding_loses_nothing(text):
