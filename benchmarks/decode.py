@@ -30,8 +30,10 @@ _GEOMETRY = LayerGeometry(
 )
 _PAGE = 128
 _SHAPES = ((1, 131072), (8, 32768), (32, 8192))
-_TRIED = tuple(product((4, 8, 16), (1, 2, 4), (32, 64, 128), (4,), (2, 3, 4)))  # ``DecodeConfig``
-_TRIED_QUICKLY = tuple(product((8,), (1, 2, 4, 8), (64, 128), (4,), (3,)))
+_TRIED = tuple(
+    product((4, 8, 16), (1, 4, 16, 64), (2,), (64,), (4,), (2, 3, 4))
+)  # ``DecodeConfig``
+_TRIED_QUICKLY = tuple(product((8,), (1, 4, 16), (2,), (64,), (4,), (3,)))
 
 
 def main(rounds: int = 7, *, quick: bool = False, write: bool = True) -> None:
@@ -81,16 +83,16 @@ def configurations(tried: Sequence[tuple[int, ...]]) -> dict[str, float]:
     """Microseconds of each configuration: dense, and with lists of 1/8 of the pages."""
     from sparse_methods.kernels.triton_decode import DecodeConfig
 
-    inputs = [build(1, 131072), build(8, 32768)]
+    shapes = (*_SHAPES, (1, 1024), (32, 1024), (128, 1024))
     cases = {
         name: case
-        for tensors, shape in zip(inputs, ("1 x 131072", "8 x 32768"), strict=True)
+        for tensors, shape in ((build(*shape), f"{shape[0]} x {shape[1]}") for shape in shapes)
         for name, case in (
             (f"dense {shape}", tensors),
             (f"1/8 {shape}", replace(tensors, lists=_lists(tensors, one_in=8))),
         )
     }
-    names = "split {} listed {} step {} warps {} stages {}"
+    names = "split {} least {} scored {} step {} warps {} stages {}"
     results = {}
     for numbers in tried:
         for name, case in cases.items():

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from sparse_methods.kernels.page_summary import CacheUpdate
+from sparse_methods.kernels.triton_launch import as_dependent, await_earlier
 
 _ROWS = 16  # rows that are moved at once, and rows of a program that owns no page
 _SEGMENTS = 1024  # lengths that are added up at once
@@ -45,6 +46,7 @@ def write_cache(update: CacheUpdate) -> None:
         ROWS=_ROWS,
         SEGMENTS=_SEGMENTS,
         num_warps=2,
+        **as_dependent(keys.device),
     )
 
 
@@ -80,8 +82,10 @@ def _write_kernel(
     pages, lengths, continues, minimum, maximum, totals,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CHANNELS: tl.constexpr,
     VALUE_CHANNELS: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Rows of one head: those of a segment with its summaries, or ROWS of them without."""
+    await_earlier(IS_DEPENDENT)
     head, program = tl.program_id(0), tl.program_id(1)
     channels = tl.arange(0, CHANNELS)
     is_channel = channels < HEAD_DIM

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from sparse_methods.kernels.operation import AttentionInputs, count_selected
+from sparse_methods.kernels.triton_launch import as_dependent, await_earlier
 from sparse_methods.kernels.triton_prefill_kernels import first_visible
 from sparse_methods.kernels.triton_workspace import Workspace
 
@@ -47,6 +48,7 @@ def count(
         CHUNK=geometry.chunk,
         ENTRIES=_ENTRIES,
         num_warps=1,
+        **as_dependent(blocks.device),
     )
     return blocks, kv_elements
 
@@ -57,9 +59,10 @@ def _count(
     indices_tile, indices_head, counts_tile, counts_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    ENTRIES: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile."""
+    await_earlier(IS_DEPENDENT)
     tile = tl.program_id(0).to(tl.int64)
     position = tl.load(table + tile * 4 + 2)
     kv_len = position + tl.load(table + tile * 4 + 1)

@@ -12,7 +12,7 @@ depend only on the number of rows and their longest ``kv_len``: a CUDA graph can
 
 Source: flash decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; thresholds as
     ``operation`` defines them.
-Departures: splits have a fixed size instead of a fixed number, so that no row depends on others.
+Departures: how many splits a row has follows from its own blocks, so that no row depends on others.
 """
 
 from dataclasses import dataclass
@@ -23,11 +23,13 @@ import triton
 
 from sparse_methods.kernels import triton_decode_kernels as kernels
 from sparse_methods.kernels.operation import AttentionInputs
+from sparse_methods.kernels.triton_launch import as_dependent
 from sparse_methods.kernels.triton_workspace import Workspace
 
 _LOG2_E = 1.4426950408889634
-_MERGED_SPLITS = 64  # splits that a merging program reads at once
-_MERGED_CHANNELS = 32
+_EARLIER_SPLITS = 64  # most whose maxima a program reads at once
+_MERGED_SPLITS = 32  # splits that a merging program reads at once
+_MERGED_CHANNELS = 128
 _STEP_BYTES = 32768  # keys of one step: with the values and three stages half of shared memory
 
 
@@ -36,16 +38,18 @@ class DecodeConfig:
     """How the work of a row is cut; it must not depend on the batch.
 
     Attributes:
-        split_blocks: Blocks of a split, a power of two.
-        listed_split_blocks: Blocks of a split of a row with a list and no thresholds beside it,
-            not more: lists are short, and few long splits would leave the device idle.
+        split_blocks: Most blocks of a split, a power of two.
+        least_splits: Splits that a row has at least, as long as it has the blocks: a short row in
+            few long splits would leave the device idle.
+        least_scored_splits: The same where thresholds apply: each split looks at all before it.
         step_keys: Most keys of one step of a program's loop, a power of two.
         num_warps: Warps of a program.
         num_stages: Steps whose loads are under way at once.
     """
 
     split_blocks: int
-    listed_split_blocks: int
+    least_splits: int
+    least_scored_splits: int
     step_keys: int
     num_warps: int
     num_stages: int
@@ -57,11 +61,18 @@ def default_config(inputs: AttentionInputs) -> DecodeConfig:
     step_keys = _STEP_BYTES // (widest * inputs.keys.element_size())
     return DecodeConfig(
         split_blocks=8,
-        listed_split_blocks=2,
+        least_splits=16,
+        least_scored_splits=2,
         step_keys=min(64, step_keys),
         num_warps=4,
         num_stages=3,
     )
+
+
+def most_splits(num_blocks: int, split_blocks: int, least_splits: int) -> int:
+    """Splits of the row that has most, of rows of up to so many blocks; see ``DecodeConfig``."""
+    # Splits of one block are most just before they get two; with longer ones there are fewer.
+    return max(min(num_blocks, 2 * least_splits - 1), -(-num_blocks // split_blocks))
 
 
 def decode(
@@ -95,13 +106,12 @@ class _Decode:
         self.inputs, self.indices, self.workspace, self.config = inputs, indices, workspace, config
         geometry, block_size = inputs.geometry, inputs.tiles.block_size
         longest = max(tile.kv_len for tile in inputs.tiles.tiles if tile.num_rows == 1)
-        self.listed_split = config.listed_split_blocks
-        if inputs.log_thresholds is not None:
-            self.listed_split = config.split_blocks
-        self.num_splits = triton.cdiv(triton.cdiv(longest, block_size), config.split_blocks)
+        most_blocks = triton.cdiv(longest, block_size)
         if inputs.lists is not None:
-            capacity = inputs.lists.indices.shape[2]
-            self.num_splits = max(self.num_splits, triton.cdiv(capacity, self.listed_split))
+            most_blocks = max(most_blocks, inputs.lists.indices.shape[2])
+        has_thresholds = inputs.log_thresholds is not None
+        self.least_splits = config.least_scored_splits if has_thresholds else config.least_splits
+        self.num_splits = most_splits(most_blocks, config.split_blocks, self.least_splits)
         self.step_keys = min(config.step_keys, max(16, triton.next_power_of_2(block_size)))
         shape = (indices.shape[0], geometry.num_heads, self.num_splits)
         self.scratch = inputs.query.new_empty(0, dtype=torch.float32)
@@ -115,8 +125,7 @@ class _Decode:
     def run(self) -> None:
         """Launch two or three kernels."""
         if self.inputs.log_thresholds is None:
-            arguments = self._keys() | self._values() | self._walk()
-            kernels.attend_kernel[self.grid](**arguments, LISTED_SPLIT=self.listed_split)
+            kernels.attend_kernel[self.grid](**self._keys(), **self._values(), **self._walk())
         else:
             self._run_with_thresholds(self.inputs.log_thresholds)
         self._merge()
@@ -138,7 +147,7 @@ class _Decode:
             log_thresholds=log_thresholds,
             skipped=self.workspace.skipped,
             unread_keys=self.workspace.unread_keys,
-            WIDTH=_MERGED_SPLITS,
+            WIDTH=min(_EARLIER_SPLITS, triton.next_power_of_2(self.num_splits)),
         )
 
     def _merge(self) -> None:
@@ -153,7 +162,7 @@ class _Decode:
             VALUE_DIM=geometry.value_dim,
             CHANNELS=_MERGED_CHANNELS,
             WIDTH=_MERGED_SPLITS,
-            LISTED_SPLIT=self.listed_split,
+            num_warps=4,
         )
 
     def _keys(self) -> dict[str, Any]:
@@ -199,9 +208,11 @@ class _Decode:
             "num_splits": self.num_splits,
             "BLOCK": self.inputs.tiles.block_size,
             "SPLIT": self.config.split_blocks,
+            "LEAST_SPLITS": self.least_splits,
             "WINDOW": geometry.window,
             "CHUNK": geometry.chunk,
             "GROUP": geometry.group_size,
+            **as_dependent(self.inputs.query.device),
         }
 
     def _walk(self) -> dict[str, Any]:

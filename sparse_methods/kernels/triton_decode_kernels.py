@@ -8,6 +8,8 @@ yet divided by the sums [n, Hq, S] of weights, which are relative to the maxima 
 import triton
 import triton.language as tl
 
+from sparse_methods.kernels.triton_launch import await_earlier
+
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _VARYING = ["num_splits", "pages_stride", "capacity"]  # no reason to compile anew
@@ -36,17 +38,14 @@ def _num_entries(row, first, last, counts):
 
 
 @triton.jit
-def _split_size(row, counts, SPLIT: tl.constexpr, LISTED_SPLIT: tl.constexpr):
-    """Entries of a split of the row."""
-    size = tl.full([], SPLIT, tl.int32)
-    if counts is not None:
-        size = tl.where(tl.load(counts + row) >= 0, LISTED_SPLIT, SPLIT)
-    return size
+def _split_size(number, SPLIT: tl.constexpr, LEAST_SPLITS: tl.constexpr):
+    """Entries of a split of a row that visits so many."""
+    return tl.minimum(tl.maximum(number // LEAST_SPLITS, 1), SPLIT)
 
 
 @triton.jit
-def _entries(place, number, row, tile, first, last, counts, lists, capacity, diagonal_first):
-    """Blocks at places of the visiting order, and which of them the row visits."""
+def _entries(place, stop, row, tile, first, last, counts, lists, capacity, diagonal_first):
+    """Blocks at places of the visiting order, and which of those before a stop the row visits."""
     block = first + place
     if diagonal_first is not None:
         last_first = tl.where(place == 0, last, block - 1)
@@ -54,9 +53,9 @@ def _entries(place, number, row, tile, first, last, counts, lists, capacity, dia
     if counts is not None:
         is_listed = tl.load(counts + row) >= 0
         entries = lists + row.to(tl.int64) * capacity + place
-        listed = tl.load(entries, mask=place < tl.where(is_listed, number, 0), other=0)
+        listed = tl.load(entries, mask=place < tl.where(is_listed, stop, 0), other=0)
         block = tl.where(is_listed, listed, block)
-    return block, (place < number) & (block >= first) & (block <= last)
+    return block, (place < stop) & (block >= first) & (block <= last)
 
 
 @triton.jit
@@ -139,25 +138,28 @@ def attend_kernel(
     outputs, maxima, sums,
     indices, tiles, counts, num_splits,
     pages, pages_stride, lists, capacity, diagonal_first,
-    BLOCK: tl.constexpr, SPLIT: tl.constexpr, LISTED_SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, LEAST_SPLITS: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr,
     SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Partial results of one split without thresholds: an online softmax over its blocks."""
+    await_earlier(IS_DEPENDENT)
     head, split, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads = tl.num_programs(0)
     tile = tl.load(indices + place)
     row = tile * num_kv_heads + head
     position, first_key, first, last = _visible(tile, tiles, BLOCK, WINDOW, CHUNK)
     number = _num_entries(row, first, last, counts)
-    size = _split_size(row, counts, SPLIT, LISTED_SPLIT)
-    if split * size >= number:
+    size = _split_size(number, SPLIT, LEAST_SPLITS)
+    start, stop = split * size, tl.minimum((split + 1) * size, number)
+    if start >= number:
         return
-    at = tl.arange(0, SPLIT)  # of them, the split's own are walked through
+    at = tl.arange(0, SPLIT)
     block, is_visited = _entries(
-        split * size + at, number, row, tile, first, last, counts, lists, capacity, diagonal_first
+        start + at, stop, row, tile, first, last, counts, lists, capacity, diagonal_first
     )
     page = _pages(block, is_visited, tile, tiles, pages, pages_stride)
     block = tl.where(is_visited, block, last + 1)  # of which the row sees nothing
@@ -171,7 +173,7 @@ def attend_kernel(
     total = tl.zeros([HEADS], tl.float32)
     output = tl.zeros([HEADS, VALUE_CHANNELS], tl.float32)
     STEPS: tl.constexpr = (BLOCK + STEP - 1) // STEP
-    for step in range(tl.minimum(number - split * size, size) * STEPS):
+    for step in range((stop - start) * STEPS):
         is_current = at == step // STEPS
         current_page = _at(page, is_current)
         slots = step % STEPS * STEP + tl.arange(0, STEP)
@@ -204,22 +206,27 @@ def score_kernel(
     all_scores, block_maxima, split_maxima,
     indices, tiles, counts, num_splits,
     pages, pages_stride, lists, capacity, diagonal_first,
-    BLOCK: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, LEAST_SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr,
     SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores [n, Hq, E * keys] of one split, and the maximum of each block and of the split."""
+    await_earlier(IS_DEPENDENT)
     head, split, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads = tl.num_programs(0)
     tile = tl.load(indices + place)
     row = tile * num_kv_heads + head
     position, first_key, first, last = _visible(tile, tiles, BLOCK, WINDOW, CHUNK)
     number = _num_entries(row, first, last, counts)
-    if split * SPLIT >= number:
+    size = _split_size(number, SPLIT, LEAST_SPLITS)
+    start, stop = split * size, tl.minimum((split + 1) * size, number)
+    if start >= number:
         return
     at = tl.arange(0, SPLIT)
     block, is_visited = _entries(
-        split * SPLIT + at, number, row, tile, first, last, counts, lists, capacity, diagonal_first
+        start + at, stop, row, tile, first, last, counts, lists, capacity, diagonal_first
     )
     page = _pages(block, is_visited, tile, tiles, pages, pages_stride)
     block = tl.where(is_visited, block, last + 1)
@@ -234,7 +241,7 @@ def score_kernel(
     splits = first_split + heads * num_splits + split
     maximum = tl.full([HEADS], float("-inf"), tl.float32)
     tops = tl.full([HEADS, SPLIT], float("-inf"), tl.float32)
-    for step in range(tl.minimum(number - split * SPLIT, SPLIT) * STEPS):
+    for step in range((stop - start) * STEPS):
         is_current = at == step // STEPS
         slots = step % STEPS * STEP + tl.arange(0, STEP)
         seen_keys = _at(block, is_current) * BLOCK + slots
@@ -259,33 +266,38 @@ def weigh_kernel(
     outputs, maxima, sums,
     indices, tiles, counts, num_splits,
     pages, pages_stride, lists, capacity, diagonal_first,
-    BLOCK: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, LEAST_SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Partial results of one split from its scores: only blocks that a head keeps are read.
 
     Counts are added by integer atomics, whose order does not matter.
     """
+    await_earlier(IS_DEPENDENT)
     head, split, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads = tl.num_programs(0)
     tile = tl.load(indices + place)
     row = tile * num_kv_heads + head
     position, first_key, first, last = _visible(tile, tiles, BLOCK, WINDOW, CHUNK)
     number = _num_entries(row, first, last, counts)
-    if split * SPLIT >= number:
+    size = _split_size(number, SPLIT, LEAST_SPLITS)
+    start, stop = split * size, tl.minimum((split + 1) * size, number)
+    if start >= number:
         return
     at = tl.arange(0, SPLIT)
     block, is_visited = _entries(
-        split * SPLIT + at, number, row, tile, first, last, counts, lists, capacity, diagonal_first
+        start + at, stop, row, tile, first, last, counts, lists, capacity, diagonal_first
     )
     page = _pages(block, is_visited, tile, tiles, pages, pages_stride)
     heads = tl.arange(0, HEADS)
     first_split = (place.to(tl.int64) * num_kv_heads + head) * GROUP * num_splits
     splits = first_split + heads * num_splits + split
     before = tl.full([HEADS, WIDTH], float("-inf"), tl.float32)
-    for start in range(0, split, WIDTH):
-        earlier = start + tl.arange(0, WIDTH)
+    for first_earlier in range(0, split, WIDTH):
+        earlier = first_earlier + tl.arange(0, WIDTH)
         mask = (heads < GROUP)[:, None] & (earlier < split)
         pointers = split_maxima + first_split + heads[:, None] * num_splits + earlier
         before = tl.maximum(before, tl.load(pointers, mask, other=float("-inf")))
@@ -335,18 +347,20 @@ def weigh_kernel(
 def merge_kernel(
     outputs, maxima, sums, sinks, merged, lse,
     indices, tiles, counts, num_splits,
-    BLOCK: tl.constexpr, SPLIT: tl.constexpr, LISTED_SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, LEAST_SPLITS: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Output channels and LSE of one row and query head, from its splits in their order."""
+    await_earlier(IS_DEPENDENT)
     head, place = tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(1)
     tile = tl.load(indices + place)
     _, _, first, last = _visible(tile, tiles, BLOCK, WINDOW, CHUNK)
     list_row = tile * (num_heads // GROUP) + head // GROUP
     number = _num_entries(list_row, first, last, counts)
-    size = _split_size(list_row, counts, SPLIT, LISTED_SPLIT)
+    size = _split_size(number, SPLIT, LEAST_SPLITS)
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     first_split = (place.to(tl.int64) * num_heads + head) * num_splits
     maximum = tl.full([1], float("-inf"), tl.float32)

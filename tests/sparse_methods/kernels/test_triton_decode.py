@@ -16,13 +16,14 @@ from sparse_methods.kernels.operation import (
     visible_blocks,
 )
 from sparse_methods.kernels.reference import attend
-from sparse_methods.kernels.triton_decode import decode
+from sparse_methods.kernels.triton_decode import decode, default_config, most_splits
 from sparse_methods.kernels.triton_workspace import Workspace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 16
 PLAIN = LayerGeometry(num_heads=8, num_kv_heads=2, head_dim=64, value_dim=64, scale=0.125)
-LENGTHS = [1, 16, 173, 50]  # keys of each row: one, a full page, two splits, some
+LENGTHS = [1, 16, 173, 50]  # keys of each row: one, a full page, and with the splits below
+SPLITS = {"split_blocks": 4, "least": 2}  # three that are full or not, two of two blocks
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # as the interpreter allows
 TOLERANCE = {torch.float32: (2e-5, 2e-5), HALF: (8e-3, 8e-3)}
 
@@ -54,17 +55,26 @@ def build(geometry=PLAIN, lengths=LENGTHS, *, block=BLOCK, dtype=torch.float32, 
     )
 
 
-def run(inputs):
+def cut(inputs, split_blocks, least):
+    return replace(
+        default_config(inputs),
+        split_blocks=split_blocks,
+        least_splits=least,
+        least_scored_splits=least,
+    )
+
+
+def run(inputs, **splits):
     workspace = Workspace.allocate(inputs)
     for tensor in (workspace.output, workspace.lse):
         tensor.fill_(math.nan)
-    decode(inputs, inputs.tiles.decode_indices, workspace)
+    decode(inputs, inputs.tiles.decode_indices, workspace, cut(inputs, **(splits or SPLITS)))
     return workspace
 
 
-def assert_matches(inputs):
+def assert_matches(inputs, **splits):
     """Compare with the specification, which computes in float32 from the same numbers."""
-    result = run(inputs)
+    result = run(inputs, **splits)
     wide = {name: getattr(inputs, name).float() for name in ("query", "keys", "values")}
     expected = attend(replace(inputs, **wide))
     atol, rtol = TOLERANCE[inputs.query.dtype]
@@ -121,6 +131,25 @@ GEOMETRIES = {
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_dense_equals_the_specification(geometry):
     assert_matches(build(geometry))
+
+
+@pytest.mark.parametrize(("split_blocks", "least"), [(8, 1), (8, 32), (2, 4)])
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_rows_may_be_cut_in_any_way(split_blocks, least, threshold):
+    inputs = build(peaked=3.0)
+    if threshold is not None:
+        thresholds = torch.full((len(LENGTHS),), math.log(threshold), device=DEVICE)
+        inputs = replace(inputs, log_thresholds=thresholds)
+    assert_matches(inputs, split_blocks=split_blocks, least=least)
+
+
+@pytest.mark.parametrize(("split_blocks", "least"), [(8, 1), (8, 5), (8, 32), (1, 3)])
+def test_there_is_room_for_the_splits_of_every_row(split_blocks, least):
+    most = 0
+    for num_blocks in range(1, 600):
+        size = min(max(num_blocks // least, 1), split_blocks)
+        most = max(most, -(-num_blocks // size))
+        assert most <= most_splits(num_blocks, split_blocks, least) <= max(2 * least, most)
 
 
 @pytest.mark.parametrize("block", [8, 24, 128, 136, 256])
