@@ -9,7 +9,6 @@ includes the activation.
 
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -30,27 +29,56 @@ _SHAPES = {  # outputs, inputs: Llama 3.1 8B
     "down": (4096, 14336),
     "logits": (128256, 4096),
 }
-_CHUNK = 8192
+_QUACK_TILES = (  # rows, outputs, whether two groups of warps take turns, tiles of a cluster
+    (128, 256, False, (2, 1)),
+    (128, 256, False, (1, 2)),
+    (256, 128, False, (2, 1)),
+    (256, 192, False, (2, 1)),
+    (128, 192, True, (2, 1)),
+)
 _CYCLED_BYTES = 400e6  # several times what a cache holds
 _TOLERANCE = 0.02  # two roundings of bfloat16, where outputs are largest
-_TRIED = tuple(product((4, 8, 16), (512, 1024), (4, 8)))  # ``SingleRowConfig``
+_TRIED = (  # ``SingleRowConfig``
+    (4, 512, 4),
+    (4, 1024, 4),
+    (4, 2048, 8),
+    (8, 512, 4),
+    (8, 1024, 4),
+    (8, 1024, 8),
+    (16, 512, 4),
+)
 Product = Callable[[torch.Tensor, Projection], torch.Tensor]
 
 
-def main(rounds: int = 5, *, quick: bool = False, write: bool = True) -> None:
-    """Run the comparisons and print ratios first."""
+def main(
+    rounds: int = 5,
+    *,
+    rows: int = 8192,
+    one_row: bool = True,
+    quick: bool = False,
+    write: bool = True,
+) -> None:
+    """Run the comparisons and print ratios first.
+
+    Args:
+        rounds: Turns of everybody; the median counts.
+        rows: Rows of a prompt's chunk.
+        one_row: Also compare products of one row.
+        quick: Take three turns.
+        write: Save the results as JSON.
+    """
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA device.")
         raise typer.Exit(2)
     rounds = 3 if quick else rounds
     results: dict[str, Any] = {"device": torch.cuda.get_device_name()}
-    for name, shape in _SHAPES.items():
+    for name, shape in _SHAPES.items() if one_row else ():
         results[f"{name}, one row"] = compare_one_row(name, shape, rounds)
         _report(f"{name}, one row", results, write=write)
     for name, shape in _SHAPES.items():
         if name != "logits":  # of a prompt's chunk only rows that give a token get any
-            results[f"{name}, {_CHUNK} rows"] = compare_chunk(name, shape, rounds)
-            _report(f"{name}, {_CHUNK} rows", results, write=write)
+            results[f"{name}, {rows} rows"] = compare_chunk(name, shape, rows, rounds)
+            _report(f"{name}, {rows} rows", results, write=write)
 
 
 def compare_one_row(name: str, shape: tuple[int, int], rounds: int) -> dict[str, float]:
@@ -76,16 +104,18 @@ def compare_one_row(name: str, shape: tuple[int, int], rounds: int) -> dict[str,
     }
 
 
-def compare_chunk(name: str, shape: tuple[int, int], rounds: int) -> dict[str, float]:
+def compare_chunk(
+    name: str, shape: tuple[int, int], num_rows: int, rounds: int
+) -> dict[str, float]:
     """Times of a prompt's chunk: cuBLAS by either of its interfaces, and quack."""
     projection = _projection(name, shape)
-    rows = torch.randn(_CHUNK, shape[1], device="cuda", dtype=torch.bfloat16)
+    rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
     contenders = {"cuBLAS": _cublas(name), "cuBLASLt": _by_cublaslt(_cublas(name))}
     contenders |= _quack(name)
     differences = _differences(contenders, rows, projection)
     runs = {label: partial(c, rows, projection) for label, c in contenders.items()}
     seconds = alternate(runs, rounds)
-    operations = 2 * _CHUNK * shape[0] * shape[1]
+    operations = 2 * num_rows * shape[0] * shape[1]
     return {
         **_ratios(seconds),
         "cuBLAS, TFLOP/s": operations / seconds["cuBLAS"] / 1e12,
@@ -108,8 +138,14 @@ def _projection(name: str, shape: tuple[int, int]) -> Projection:
 
 def _cublas(name: str) -> Product:
     if name == _GATED:
-        return lambda rows, projection: triton_modules.gated_product(rows, projection, "silu")
+        return _gated_in_two
     return lambda rows, projection: functional.linear(rows, projection.weight)
+
+
+def _gated_in_two(rows: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """The product, and the pass that gates it."""
+    both = functional.linear(rows, projection.weight)
+    return triton_modules.gate(both, projection.sizes[0], "silu")
 
 
 def _by_cublaslt(contender: Product) -> Product:
@@ -154,14 +190,18 @@ def _quack(name: str) -> dict[str, Product]:
             config=config,
         )[1]
 
-    def tiles(height: int, width: int) -> Any:  # noqa: ANN401 - likewise
-        return GemmConfig(height, width, pingpong=False, is_dynamic_persistent=False)
-
-    return {
-        "quack": gated(None),
-        "quack, 128 x 256": gated(tiles(128, 256)),
-        "quack, 256 x 128": gated(tiles(256, 128)),
+    configs = {
+        f"quack, {height} x {width}{', in turns' if in_turns else ''}, {cluster}": GemmConfig(
+            height,
+            width,
+            pingpong=in_turns,
+            is_dynamic_persistent=False,
+            cluster_m=cluster[0],
+            cluster_n=cluster[1],
+        )
+        for height, width, in_turns, cluster in _QUACK_TILES
     }
+    return {"quack": gated(None)} | {name: gated(config) for name, config in configs.items()}
 
 
 def _differences(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from service.models.bridge import BoundLayer
 from service.models.kernels.operations import (
@@ -42,6 +41,18 @@ def merge(linears: Sequence[nn.Linear]) -> Projection:
         if linear.bias is not None:
             linear.bias.data = part
     return Projection(weight, bias, sizes)
+
+
+class FusedLinear:
+    """A linear layer alone, which a device may compute in several ways."""
+
+    def __init__(self, projection: Projection, kernels: ModuleKernels) -> None:
+        self._projection = projection
+        self._kernels = kernels
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] to [..., outputs]."""
+        return self._kernels.linear(rows, self._projection)
 
 
 class FusedNorm:
@@ -139,7 +150,7 @@ class FusedAttention:
             raise RuntimeError("fused attention writes to the paged cache only")
         cosines, sines = (angles[0] for angles in position_embeddings)
         heads, projection = self._heads, self._projection
-        rows = functional.linear(hidden_states[0], projection.weight, projection.bias)
+        rows = self._kernels.linear(hidden_states[0], projection)
         queries, keys = self._kernels.rotate(rows, cosines, sines, heads)
         first_value = (heads.num_heads + heads.num_kv_heads) * heads.head_dim
         values = rows[:, first_value:].unflatten(1, (heads.num_kv_heads, -1))

@@ -14,7 +14,6 @@ from service.models.bridge import bind
 from service.models.discovery import DiscoveredLayer
 from service.models.hugging_face import quiet
 
-_NUM_TOKENS = 24
 _SEED = 0
 
 
@@ -31,6 +30,11 @@ class Call:
         """The hidden states it came with."""
         first = self.args[0] if self.args else self.kwargs.get("hidden_states")
         return first if isinstance(first, torch.Tensor) else None
+
+    @property
+    def has_rows_only(self) -> bool:
+        """Whether it came with hidden states and nothing else."""
+        return len(self.args) + len(self.kwargs) == 1 and self.rows is not None
 
     def with_rows(self, rows: torch.Tensor) -> "Call":
         """The same call with other hidden states."""
@@ -85,7 +89,7 @@ def standing_in(layers: Sequence[DiscoveredLayer]) -> Iterator[StandInAttention]
 
 @torch.no_grad()
 def record(
-    model: PreTrainedModel, modules: Iterable[nn.Module], max_position: int
+    model: PreTrainedModel, modules: Iterable[nn.Module], max_position: int, num_tokens: int = 24
 ) -> dict[nn.Module, Call]:
     """Run the model on random tokens at random positions; return the call of each module that ran.
 
@@ -99,7 +103,7 @@ def record(
     hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
     device = next(model.parameters()).device
     vocab_size = int(model.config.get_text_config().vocab_size)
-    draw = partial(torch.randint, size=(1, _NUM_TOKENS), generator=_generator())
+    draw = partial(torch.randint, size=(1, num_tokens), generator=_generator())
     try:
         with quiet():
             model(

@@ -19,12 +19,13 @@ from service.models.discovery import DiscoveredLayer
 from service.models.fused_modules import (
     FusedAttention,
     FusedDecoderLayer,
+    FusedLinear,
     FusedMlp,
     FusedNorm,
     merge,
 )
 from service.models.kernels import pick_module_kernels
-from service.models.kernels.operations import Norm, Projection, RotaryHeads
+from service.models.kernels.operations import ModuleKernels, Norm, Projection, RotaryHeads
 from service.models.matching import (
     FAILURES,
     Forward,
@@ -34,11 +35,17 @@ from service.models.matching import (
     mismatch,
     replaced_forward,
 )
+from service.models.recognition import (
+    EPSILONS,
+    gate_and_up,
+    is_layer,
+    is_linear,
+    is_norm,
+    query_key_value,
+)
 from service.models.recording import Call, StandInAttention, record, standing_in
 
-_EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _OFFSETS = (0.0, 1.0)
-_LAYER_CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _NOT_RECOGNISED = "has another structure"
 
 
@@ -89,13 +96,14 @@ def fuse_modules(
     Returns:
         What was taken, and a sentence each on what was and what was not.
     """
-    fusions = Fusions()
+    fusions, modules = Fusions(), list(model.modules())
+    kernels = pick_module_kernels(next(model.parameters()).device)
     with standing_in(layers) as attention:
         try:
-            calls = record(model, list(model.modules()), max_context_tokens)
+            calls, of_one_row = (record(model, modules, max_context_tokens, n) for n in (24, 1))
         except FAILURES as error:
             return fusions, (f"No module was fused: {type(error).__name__}: {error}",)
-        surgeon = _Surgeon(layers, calls, attention)
+        surgeon = _Surgeon(layers, calls, of_one_row, attention, kernels)
         surgeon.operate()
     fusions.install(surgeon.taken)
     if next(model.parameters()).device.type == "cuda":
@@ -110,13 +118,17 @@ class _Surgeon:
         self,
         layers: Sequence[DiscoveredLayer],
         calls: dict[nn.Module, Call],
+        of_one_row: dict[nn.Module, Call],
         attention: StandInAttention,
+        kernels: Sequence[ModuleKernels],
     ) -> None:
         self._layers = layers
         self._calls = calls
+        self._of_one_row = of_one_row
         self._attention = attention
-        device = next(parameter.device for m in calls for parameter in m.parameters())
-        self._kernels = pick_module_kernels(device)
+        self._gating_kernels = kernels
+        self._kernels = kernels[-1]
+        self._merged: set[nn.Linear] = set()
         self._norms: dict[nn.Module, FusedNorm] = {}
         self._refusals: dict[nn.Module, str] = {}
         self.taken: dict[nn.Module, Forward] = {}
@@ -124,18 +136,18 @@ class _Surgeon:
     def operate(self) -> None:
         """Fill ``taken``."""
         for module in self._calls:
-            if _is_norm(module):
+            if is_norm(module):
                 self._take_norm(module)
         for layer in self._layers:
             self._take_attention(layer)
         for module in self._calls:
-            gate_and_up = _gate_and_up(module)
-            if gate_and_up:
-                self._take_mlp(module, gate_and_up)
+            linears = gate_and_up(module)
+            if linears:
+                self._take_mlp(module, linears)
         for module in self._calls:
-            children = {n for n, c in module.named_children() if not isinstance(c, nn.Dropout)}
-            if children == _LAYER_CHILDREN:
+            if is_layer(module):
                 self._take_layer(module)
+        self._take_linears()
 
     def notes(self) -> tuple[str, ...]:
         """A sentence on what was taken, and one for each kind of module that was not."""
@@ -150,37 +162,66 @@ class _Surgeon:
             *(f"{n} {name} left as they are: {reasons[name]}." for name, n in refused.items()),
         )
 
-    def _take(self, module: nn.Module, candidates: Sequence[Forward], read: Read) -> Forward | None:
-        """Take the first candidate that computes what the module does."""
+    def _take(
+        self,
+        module: nn.Module,
+        candidates: Sequence[Forward],
+        read: Read,
+        kernels: ModuleKernels | None = None,
+    ) -> Forward | None:
+        """Take the first candidate that computes with these kernels what the module does."""
+        calls = list(self._calls_of(module, (kernels or self._kernels).OTHER_ROWS))
         reason: str | None = _NOT_RECOGNISED
         for candidate in candidates:
-            reason = mismatch(module, candidate, self._calls[module], read)
+            reasons = (mismatch(module, candidate, call, read) for call in calls)
+            reason = next((each for each in reasons if each is not None), None)
             if reason is None:
+                self._refusals.pop(module, None)
                 self.taken[module] = candidate
                 return candidate
         self._refusals[module] = reason or _NOT_RECOGNISED
         return None
 
+    def _calls_of(self, module: nn.Module, counts: Sequence[int]) -> Iterator[Call]:
+        """With some rows, and as far as a call can be made up with these numbers of them."""
+        call = self._calls[module]
+        yield call
+        if call.rows is not None and call.has_rows_only:
+            *before, _, width = call.rows.shape
+            for count in counts:
+                yield call.with_rows(call.rows.new_empty(*before, count, width))
+        elif counts and module in self._of_one_row:
+            yield self._of_one_row[module]
+
     def _take_norm(self, module: nn.Module) -> None:
-        epsilon = next(getattr(module, name) for name in _EPSILONS if hasattr(module, name))
+        epsilon = next(getattr(module, name) for name in EPSILONS if hasattr(module, name))
         weight = dict(module.named_parameters())["weight"].data
-        candidates = [
-            FusedNorm(Norm(weight, float(epsilon), offset), self._kernels) for offset in _OFFSETS
-        ]
+        norms = [Norm(weight, float(epsilon), offset) for offset in _OFFSETS]
+        candidates = [FusedNorm(norm, self._kernels) for norm in norms]
         taken = self._take(module, candidates, _tensor)
         if isinstance(taken, FusedNorm):
             self._norms[module] = taken
 
-    def _take_mlp(self, module: nn.Module, gate_and_up: list[nn.Linear]) -> None:
+    def _take_linears(self) -> None:
+        """Linear layers that are merged with no other, where the device has a way of its own."""
+        linears = [module for module in self._calls if is_linear(module)]
+        for linear in linears if self._kernels.OTHER_ROWS else []:
+            if linear not in self._merged:
+                self._take(linear, [FusedLinear(merge([linear]), self._kernels)], _tensor)
+
+    def _take_mlp(self, module: nn.Module, linears: list[nn.Linear]) -> None:
         down: nn.Linear = module.down_proj  # type: ignore[assignment]
-        merged = merge(gate_and_up)
+        merged = merge(linears)
         projection = Projection(merged.weight, merged.bias, (down.in_features,) * 2)
-        candidates = [FusedMlp(projection, down, a, self._kernels) for a in activations(module)]
-        self._take(module, candidates, _tensor)
+        for kernels in self._gating_kernels:
+            candidates = [FusedMlp(projection, down, a, kernels) for a in activations(module)]
+            if self._take(module, candidates, _tensor, kernels):
+                self._merged |= set(linears)
+                break
 
     def _take_attention(self, layer: DiscoveredLayer) -> None:
         module, geometry, index = layer.module, layer.geometry, layer.index
-        linears, output = _query_key_value(layer), getattr(module, "o_proj", None)
+        linears, output = query_key_value(layer), getattr(module, "o_proj", None)
         angles = self._calls[module].kwargs.get("position_embeddings")
         head_norms = self._head_norms(module, geometry.head_dim)
         is_known = isinstance(angles, tuple) and len(angles) == 2 and head_norms is not None
@@ -209,7 +250,8 @@ class _Surgeon:
                 raise TypeError("attention weights were returned")
             return *self._attention.asked[index], attended
 
-        self._take(module, candidates, read)
+        if self._take(module, candidates, read):
+            self._merged |= set(linears)
 
     def _head_norms(
         self, module: nn.Module, head_dim: int
@@ -256,38 +298,3 @@ def _tensor(result: Any) -> Outputs:  # noqa: ANN401 - whatever a module returns
     if not isinstance(result, torch.Tensor):
         raise TypeError(f"a {type(result).__name__} was returned")
     return (result,)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether this may be a root mean square norm with a weight and nothing else."""
-    if "RMSNorm" not in type(module).__name__ or not any(hasattr(module, n) for n in _EPSILONS):
-        return False
-    parameters = dict(module.named_parameters())
-    return list(parameters) == ["weight"] and parameters["weight"].ndim == 1
-
-
-def _gate_and_up(module: nn.Module) -> list[nn.Linear]:
-    """The linear layers whose outputs are gate and up, in this order; [] if it has none."""
-    down = getattr(module, "down_proj", None)
-    for names in (("gate_proj", "up_proj"), ("gate_up_proj",)):
-        linears = [getattr(module, name, None) for name in names]
-        if type(down) is nn.Linear and all(type(linear) is nn.Linear for linear in linears):
-            found: list[nn.Linear] = linears  # type: ignore[assignment]
-            is_double = sum(linear.out_features for linear in found) == 2 * down.in_features
-            return found if is_double else []
-    return []
-
-
-def _query_key_value(layer: DiscoveredLayer) -> list[nn.Linear]:
-    """The linear layers whose outputs are queries, keys, values, in this order; [] if none."""
-    geometry = layer.geometry
-    width = (
-        geometry.num_heads * geometry.head_dim
-        + geometry.num_kv_heads * (geometry.head_dim + geometry.value_dim)
-    )  # fmt: skip
-    for names in (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)):
-        linears = [getattr(layer.module, name, None) for name in names]
-        if all(type(linear) is nn.Linear for linear in linears):
-            found: list[nn.Linear] = linears  # type: ignore[assignment]
-            return found if sum(linear.out_features for linear in found) == width else []
-    return []

@@ -1,5 +1,7 @@
 """What the fused modules of a model compute, for the device it is on."""
 
+import importlib.util
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -8,10 +10,19 @@ from service.models.kernels import eager
 from service.models.kernels.operations import ModuleKernels
 
 
-def pick_module_kernels(device: torch.device) -> ModuleKernels:
-    """Triton on a GPU, PyTorch elsewhere; Triton is not imported unless it is needed."""
+def pick_module_kernels(device: torch.device) -> Sequence[ModuleKernels]:
+    """PyTorch on a CPU, Triton on a GPU, and before it quack for gated products where it works.
+
+    The last computes everything; what is before it may fail for some layers. Neither library is
+    imported unless it is needed.
+    """
     if device.type != "cuda":
-        return cast("ModuleKernels", eager)
+        return [cast("ModuleKernels", eager)]
     from service.models.kernels import triton_modules
 
-    return cast("ModuleKernels", triton_modules)
+    if importlib.util.find_spec("quack") is not None:
+        from service.models.kernels import quack_modules
+
+        if quack_modules.works_on(device):
+            return [cast("ModuleKernels", each) for each in (quack_modules, triton_modules)]
+    return [cast("ModuleKernels", triton_modules)]

@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from service.models.kernels.operations import Activation, Norm, Projection, RotaryHeads
 
+OTHER_ROWS: tuple[int, ...] = ()
+
 
 def rms_norm(rows: torch.Tensor, norm: Norm) -> torch.Tensor:
     """See ``ModuleKernels``."""
@@ -23,6 +25,11 @@ def add_rms_norm(
     """See ``ModuleKernels``."""
     total = residual + rows
     return total, rms_norm(total, norm)
+
+
+def linear(rows: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """See ``ModuleKernels``."""
+    return functional.linear(rows, projection.weight, projection.bias)
 
 
 def gated_product(

@@ -1,6 +1,6 @@
 """The passes between a model's matrix products: what goes in, what comes out.
 
-Every implementation in this folder computes these four in float32, whatever the type of its
+Every implementation in this folder computes these five in float32, whatever the type of its
 tensors, and rounds once. ``eager`` defines them.
 """
 
@@ -60,7 +60,13 @@ class RotaryHeads:
 
 
 class ModuleKernels(Protocol):
-    """What a device computes; the last dimension of every tensor must be contiguous."""
+    """What a device computes; the last dimension of every tensor must be contiguous.
+
+    Attributes:
+        OTHER_ROWS: Numbers of rows whose products go another way than those of a few dozen.
+    """
+
+    OTHER_ROWS: tuple[int, ...]
 
     def rms_norm(self, rows: torch.Tensor, norm: Norm) -> torch.Tensor:
         """Normalise ``rows`` [..., H]."""
@@ -69,6 +75,9 @@ class ModuleKernels(Protocol):
         self, residual: torch.Tensor, rows: torch.Tensor, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return residual + rows, both [..., H], and the sum normalised."""
+
+    def linear(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor:
+        """The projection of ``rows`` [..., K]: [..., sum of sizes]."""
 
     def gated_product(
         self, rows: torch.Tensor, projection: Projection, activation: Activation

@@ -5,7 +5,12 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
+from service.models.kernels import triton_single_row
 from service.models.kernels.operations import Activation, Norm, Projection, RotaryHeads
+from service.models.kernels.triton_activation import activated
+from sparse_methods.kernels.triton_launch import as_dependent, await_earlier
+
+OTHER_ROWS = (1,)
 
 _CHANNELS = 1024  # channels of a gated product that a program computes
 _HEADS = 8  # heads of a row that a program turns
@@ -28,16 +33,35 @@ def add_rms_norm(
     return total, normed
 
 
+def linear(rows: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """See ``ModuleKernels``."""
+    if triton_single_row.is_served(rows, projection):
+        return triton_single_row.linear(rows, projection)
+    return functional.linear(rows, projection.weight, projection.bias)
+
+
 def gated_product(
     rows: torch.Tensor, projection: Projection, activation: Activation
 ) -> torch.Tensor:
     """See ``ModuleKernels``."""
+    if triton_single_row.is_served(rows, projection):
+        return triton_single_row.gated_product(rows, projection, activation)
     both = functional.linear(rows, projection.weight, projection.bias)
-    width = projection.sizes[0]
+    return gate(both, projection.sizes[0], activation)
+
+
+def gate(both: torch.Tensor, width: int, activation: Activation) -> torch.Tensor:
+    """activation(gate) * up, [..., width], of rows [..., 2 * width] that hold one and the other."""
     product = torch.empty(*both.shape[:-1], width, dtype=both.dtype, device=both.device)
     num_rows = product.numel() // width
     _gate_kernel[(num_rows, triton.cdiv(width, _CHANNELS))](
-        both, product, IS_SILU=activation == "silu", WIDTH=width, CHANNELS=_CHANNELS, num_warps=4
+        both,
+        product,
+        IS_SILU=activation == "silu",
+        WIDTH=width,
+        CHANNELS=_CHANNELS,
+        num_warps=4,
+        **as_dependent(both.device),
     )
     return product
 
@@ -73,6 +97,7 @@ def rotate(
         PADDED_REST=triton.next_power_of_2(max(1, rest)),
         HEADS=_HEADS,
         num_warps=4,
+        **as_dependent(rows.device),
     )
     return turned[:, : heads.num_heads], turned[:, heads.num_heads :]
 
@@ -102,6 +127,7 @@ def _normalise(
         WIDTH=width,
         BLOCK=block,
         num_warps=max(1, min(16, block // 512)),
+        **as_dependent(rows.device),
     )
 
 
@@ -109,8 +135,10 @@ def _normalise(
 def _norm_kernel(
     rows, residual, weight, total, normed, row_stride, residual_stride, epsilon,
     OFFSET: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One row: the sum is rounded as it is stored, and then normalised."""
+    await_earlier(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, BLOCK)
     mask = channels < WIDTH
@@ -127,8 +155,12 @@ def _norm_kernel(
 
 
 @triton.jit
-def _gate_kernel(both, product, IS_SILU: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
+def _gate_kernel(
+    both, product, IS_SILU: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """Some channels of one row; the gate lies before the values it opens for."""
+    await_earlier(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mask = channels < WIDTH
@@ -137,16 +169,6 @@ def _gate_kernel(both, product, IS_SILU: tl.constexpr, WIDTH: tl.constexpr, CHAN
     up = tl.load(source + WIDTH, mask=mask, other=0.0).to(tl.float32)
     result = activated(gate, IS_SILU) * up
     tl.store(product + row * WIDTH + channels, result.to(product.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def activated(gate, IS_SILU: tl.constexpr):
-    """SiLU of float32, or GELU in its approximation by tanh."""
-    if IS_SILU:
-        argument = gate
-    else:  # (1 + tanh(z)) / 2 is the sigmoid of 2 z
-        argument = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    return gate * tl.sigmoid(tl.maximum(argument, -80.0))  # exp of more than 88 overflows
 
 
 @triton.jit
@@ -168,8 +190,10 @@ def _rotate_kernel(
     QUERY_OFFSET: tl.constexpr, KEY_OFFSET: tl.constexpr, NUM_QUERIES: tl.constexpr,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr, REST: tl.constexpr, PADDED_REST: tl.constexpr, HEADS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one row: each half of their turned channels, and the rest."""
+    await_earlier(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_query = (heads < NUM_QUERIES)[:, None]

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from service.models.kernels.operations import Activation, Projection
-from service.models.kernels.triton_modules import activated
+from service.models.kernels.triton_activation import activated
+from sparse_methods.kernels.triton_launch import as_dependent, await_earlier
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,12 @@ class SingleRowConfig:
 
 
 _DEFAULT = SingleRowConfig()
-_DEFAULT_GATED = SingleRowConfig(outputs=4)  # as many rows of the weight, and registers
+
+
+def is_served(rows: torch.Tensor, projection: Projection) -> bool:
+    """Whether these are one row, whose channels and whose weights lie side by side."""
+    weight = projection.weight
+    return rows.numel() == weight.shape[1] and rows.is_contiguous() and weight.stride(1) == 1
 
 
 def linear(
@@ -49,7 +55,7 @@ def gated_product(
     row: torch.Tensor,
     projection: Projection,
     activation: Activation,
-    config: SingleRowConfig = _DEFAULT_GATED,
+    config: SingleRowConfig = _DEFAULT,
 ) -> torch.Tensor:
     """See ``ModuleKernels``; for one row [..., K], like ``linear``."""
     return _launch(row, projection, projection.sizes[0], activation, config)
@@ -63,7 +69,7 @@ def _launch(
     config: SingleRowConfig,
 ) -> torch.Tensor:
     weight = projection.weight
-    if row.numel() != weight.shape[1] or not row.is_contiguous() or weight.stride(1) != 1:
+    if not is_served(row, projection):
         raise ValueError(f"One contiguous row of {weight.shape[1]} channels, not {row.shape}.")
     output = torch.empty(*row.shape[:-1], num_outputs, dtype=row.dtype, device=row.device)
     _single_row_kernel[(triton.cdiv(num_outputs, config.outputs),)](
@@ -79,6 +85,7 @@ def _launch(
         OUTPUTS=config.outputs,
         CHANNELS=config.channels,
         num_warps=config.num_warps,
+        **as_dependent(row.device),
     )
     return output
 
@@ -87,23 +94,33 @@ def _launch(
 def _single_row_kernel(
     row, weight, bias, output, weight_stride,
     NUM_OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, IS_GATED: tl.constexpr, IS_SILU: tl.constexpr,
-    OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs; gates lie before the values that they open for, NUM_OUTPUTS rows further on."""
+    """Some outputs; gates lie before the values that they open for, NUM_OUTPUTS rows further on.
+
+    The first weights are on their way before the row is there.
+    """
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     mask = outputs < NUM_OUTPUTS
     gates = weight + outputs.to(tl.int64)[:, None] * weight_stride
     values = weight + (NUM_OUTPUTS + outputs).to(tl.int64)[:, None] * weight_stride
+    channels = tl.arange(0, CHANNELS)
+    gate = _loaded(gates + channels, mask[:, None] & (channels < WIDTH))
+    value = gate
+    if IS_GATED:
+        value = _loaded(values + channels, mask[:, None] & (channels < WIDTH))
+    await_earlier(IS_DEPENDENT)
+    factors = _factors(row, channels, WIDTH)
     # One sum per channel of a chunk: across threads they are added up once, at the end.
-    sums = tl.zeros([OUTPUTS, CHANNELS], tl.float32)
-    value_sums = tl.zeros([OUTPUTS, CHANNELS], tl.float32)
-    for start in range(0, WIDTH, CHANNELS):
+    sums = gate.to(tl.float32) * factors
+    value_sums = value.to(tl.float32) * factors
+    for start in range(CHANNELS, WIDTH, CHANNELS):
         channels = start + tl.arange(0, CHANNELS)
-        is_within = channels < WIDTH
-        factors = tl.load(row + channels, mask=is_within, other=0.0).to(tl.float32)[None, :]
-        sums += _loaded(gates + channels, mask[:, None] & is_within) * factors
+        is_weight = mask[:, None] & (channels < WIDTH)
+        factors = _factors(row, channels, WIDTH)
+        sums += _loaded(gates + channels, is_weight).to(tl.float32) * factors
         if IS_GATED:
-            value_sums += _loaded(values + channels, mask[:, None] & is_within) * factors
+            value_sums += _loaded(values + channels, is_weight).to(tl.float32) * factors
     result = _biased(tl.sum(sums, 1), bias, outputs, mask)
     if IS_GATED:
         value = _biased(tl.sum(value_sums, 1), bias, NUM_OUTPUTS + outputs, mask)
@@ -114,7 +131,13 @@ def _single_row_kernel(
 @triton.jit
 def _loaded(weights, mask):
     """Weights that nobody reads again soon."""
-    return tl.load(weights, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    return tl.load(weights, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _factors(row, channels, WIDTH: tl.constexpr):
+    """[1, CHANNELS] of the row that is multiplied."""
+    return tl.load(row + channels, mask=channels < WIDTH, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -32,6 +32,18 @@ def test_a_call_can_be_repeated_with_other_rows_and_widened():
     assert wide.kwargs["angles"][0].dtype == torch.float32
     assert wide.kwargs["index"].dtype == torch.int64
     assert call.rows is low
+    assert not call.has_rows_only
+    assert Call((low,), {}, 0).has_rows_only
+    assert not Call((1,), {}, 0).has_rows_only
+
+
+def test_a_model_can_be_recorded_with_as_many_tokens_as_asked_for():
+    model = tiny.build("llama")
+    layers = discover(model)
+    set_attention(model, NAME)
+    with standing_in(layers):
+        calls = record(model, [model.model.norm], 256, 1)
+    assert calls[model.model.norm].rows.shape == (1, 1, 64)
 
 
 def test_random_numbers_are_the_same_in_every_type():

@@ -9,6 +9,7 @@ from service.engine.trial import packed_logits
 from service.models.bridge import NAME
 from service.models.discovery import discover
 from service.models.hugging_face import set_attention, using_attention
+from service.models.kernels import eager
 from service.models.surgery import fuse_modules
 from tests.service.models import tiny
 
@@ -160,6 +161,80 @@ def test_what_does_not_match_is_left_alone_and_named():
     )
     assert "1 LlamaDecoderLayer left as they are: has another structure." in operated.notes
     assert operated.error() < TOLERANCE
+
+
+class Kernels:
+    """The eager ones, which compute some numbers of rows in another way, and maybe wrong."""
+
+    OTHER_ROWS = (1, 100)
+    rms_norm = staticmethod(eager.rms_norm)
+    add_rms_norm = staticmethod(eager.add_rms_norm)
+    rotate = staticmethod(eager.rotate)
+
+    def __init__(self, linear=(), gated=()):
+        self._wrong = {"linear": linear, "gated_product": gated}
+        self.gated = []
+
+    def linear(self, rows, projection):
+        return eager.linear(rows, projection) * self._factor("linear", rows)
+
+    def gated_product(self, rows, projection, activation):
+        self.gated.append(rows.shape[-2])
+        return eager.gated_product(rows, projection, activation) * self._factor(
+            "gated_product", rows
+        )
+
+    def _factor(self, name, rows):
+        return 1.01 if rows.shape[-2] in self._wrong[name] else 1.0
+
+
+def operated_with(monkeypatch, *kernels):
+    monkeypatch.setattr("service.models.surgery.pick_module_kernels", lambda _: list(kernels))
+    return Operated(tiny.build("llama"))
+
+
+def test_linear_layers_that_are_merged_with_none_are_taken_where_a_device_has_its_own(monkeypatch):
+    operated = operated_with(monkeypatch, Kernels())
+    model = operated.model
+    taken = {m for m in operated.fusions.modules if type(m) is nn.Linear}
+    outputs = {layer.self_attn.o_proj for layer in model.model.layers}
+    downs = {layer.mlp.down_proj for layer in model.model.layers}
+    assert taken == {model.lm_head} | outputs | downs
+    assert operated.error() < TOLERANCE
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_left_alone(monkeypatch):
+    monkeypatch.setattr("service.models.surgery.pick_module_kernels", lambda _: [Kernels()])
+    model = tiny.build("llama")
+    head, down = model.lm_head, model.model.layers[0].mlp.down_proj
+    for linear in (head, down):
+        plain = nn.Linear.forward.__get__(linear)
+        linear.forward = lambda rows, plain=plain: plain(rows)
+    operated = Operated(model)
+    assert not {head, down} & set(operated.fusions.modules)
+    assert operated.error() < TOLERANCE
+
+
+@pytest.mark.parametrize("num_rows", [1, 100])
+def test_what_is_wrong_for_some_number_of_rows_is_not_taken(monkeypatch, num_rows):
+    operated = operated_with(monkeypatch, Kernels(linear=[num_rows], gated=[num_rows]))
+    model = operated.model
+    layer = model.model.layers[0]
+    assert not {model.lm_head, layer.mlp} & set(operated.fusions.modules)
+    # Attention is tried with some rows and with one: no chunk is computed in another way.
+    assert (layer.self_attn in operated.fusions.modules) == (num_rows == 100)
+    assert any("4 LlamaMLP left as they are: differs" in note for note in operated.notes)
+    assert operated.error() < TOLERANCE
+
+
+def test_gated_products_that_one_library_cannot_compute_are_left_to_the_next(monkeypatch):
+    library, own = Kernels(gated=[100]), Kernels()
+    operated = operated_with(monkeypatch, library, own)
+    assert operated.model.model.layers[0].mlp in operated.fusions.modules
+    library.gated.clear()
+    assert operated.error() < TOLERANCE
+    assert not library.gated
+    assert own.gated
 
 
 def test_a_residual_that_is_scaled_is_noticed():

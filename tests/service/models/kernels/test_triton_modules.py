@@ -50,6 +50,14 @@ def test_a_norm_of_rows_that_lie_apart():
         assert_close(mine, expected)
 
 
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_linear_layers_of_one_row_and_of_more(num_rows):
+    rows, weight, bias = draw(1, num_rows, 9), draw(7, 9, seed=1), draw(7, seed=2)
+    rows, weight, bias = (moved(tensor, torch.float32) for tensor in (rows, weight, bias))
+    projection = Projection(weight, bias, (3, 4))
+    assert_close(triton_modules.linear(rows, projection), eager.linear(rows, projection))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("num_rows", "width"), [(3, 7), (1, 1030)])
