@@ -6,7 +6,7 @@ there when that one ends, and has loaded what nobody writes (weights). Before an
 until all that came before has ended, so the order of what is read and written stays the same.
 
 Kernels that choose blocks are launched as ever: an attention kernel that took its places beside
-them, where room was left, was slower by what it gained (docs/lab.md, 2026-11-29).
+them, where room was left, was slower by what it gained (docs/lab.md, 2026-11-30).
 
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
