@@ -27,9 +27,10 @@ from service.engine.tokenizer import Tokenizer
 from service.evaluation.specs import parse_spec
 from service.models.bridge import NAME
 from service.models.discovery import discover
+from service.models.fusions import Fusions
 from service.models.hugging_face import set_attention
 from service.models.loading import LoadedModel, default_model_directory
-from service.models.surgery import Fusions, fuse_modules
+from service.models.surgery import fuse_modules
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 4096,

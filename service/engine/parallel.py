@@ -115,10 +115,19 @@ def load_share(
     if group is not None:
         is_half = dtype == "auto" and group.device.type == "cuda"
         device, dtype, fuse = "cpu", "bfloat16" if is_half else dtype, False
+    most_rows = settings.max_step_tokens
     loaded = load_model(
-        settings.model, device, dtype, progress, settings.max_context_tokens, fuse=fuse
+        settings.model,
+        device,
+        dtype,
+        progress,
+        settings.max_context_tokens,
+        fuse=fuse,
+        most_rows=most_rows,
     )
-    return loaded if group is None else shard_model(loaded, group, fuse=settings.fuse_modules)
+    if group is None:
+        return loaded
+    return shard_model(loaded, group, fuse=settings.fuse_modules, most_rows=most_rows)
 
 
 def num_pages_of_all(

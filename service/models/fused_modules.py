@@ -50,9 +50,9 @@ class FusedLinear:
         self._projection = projection
         self._kernels = kernels
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as PyTorch names it
         """[..., inputs] to [..., outputs]."""
-        return self._kernels.linear(rows, self._projection)
+        return self._kernels.linear(input, self._projection)
 
 
 class FusedNorm:

@@ -18,9 +18,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from service.errors import ModelNotSupportedError
 from service.models.bridge import NAME
 from service.models.discovery import DiscoveredLayer, attach, discover, discover_on_meta
+from service.models.fusions import Fusions
 from service.models.hugging_face import Progress, quiet, reported_progress, set_attention
 from service.models.rope import pin_rope, rope_parameters, rope_types
-from service.models.surgery import Fusions, fuse_modules
+from service.models.surgery import fuse_modules
 
 BUILT_IN_NAME = "sparseserve-default"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -78,7 +79,7 @@ def default_model_directory() -> Path:
     return Path(str(importlib.resources.files("service") / "default_model"))
 
 
-def load_model(
+def load_model(  # noqa: PLR0913 - each is a setting of the server
     path: Path | None,
     device: str = "auto",
     dtype: str = "auto",
@@ -86,6 +87,7 @@ def load_model(
     max_context_tokens: int | None = None,
     *,
     fuse: bool = True,
+    most_rows: int | None = None,
 ) -> LoadedModel:
     """Load a causal LM from a directory.
 
@@ -96,6 +98,7 @@ def load_model(
         progress: Called with (stage, done, total).
         max_context_tokens: Longest context that will be served; None takes the model's own limit.
         fuse: Whether modules are fused where that gives the same numbers.
+        most_rows: Most tokens of a step; None may be any number.
 
     Raises:
         ModelNotSupportedError: The model cannot be served; the message says why.
@@ -112,7 +115,7 @@ def load_model(
     set_attention(model, NAME)
     fusions = Fusions()
     if fuse:
-        fusions, fusion_notes = fuse_modules(model, layers, limit)
+        fusions, fusion_notes = fuse_modules(model, layers, limit, most_rows)
         notes += fusion_notes
     for note in notes:
         logger.info("%s: %s", directory.name, note)

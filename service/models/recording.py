@@ -42,6 +42,14 @@ class Call:
             return replace(self, args=(rows, *self.args[1:]))
         return replace(self, kwargs={**self.kwargs, "hidden_states": rows})
 
+    def with_counts(self, counts: Iterable[int]) -> list["Call"]:
+        """The same call with other numbers of rows; none if it came with more than rows."""
+        rows = self.rows
+        if rows is None or not self.has_rows_only:
+            return []
+        shapes = [(*[1] * (rows.ndim - 2), count, rows.shape[-1]) for count in counts]
+        return [self.with_rows(rows.new_empty(shape)) for shape in shapes]
+
     def in_float32(self) -> "Call":
         """The same call with every tensor of a low precision widened."""
         return replace(self, args=_widened(self.args), kwargs=_widened(self.kwargs))
@@ -103,7 +111,8 @@ def record(
     hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
     device = next(model.parameters()).device
     vocab_size = int(model.config.get_text_config().vocab_size)
-    draw = partial(torch.randint, size=(1, num_tokens), generator=_generator())
+    cpu = torch.device("cpu")
+    draw = partial(torch.randint, size=(1, num_tokens), generator=_generator(cpu))
     try:
         with quiet():
             model(
@@ -119,13 +128,14 @@ def record(
 
 
 def random_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Normal numbers, the same at every call and in every type."""
-    drawn = torch.randn(tensor.shape, generator=_generator()).bfloat16()  # the others hold these
-    return drawn.to(tensor.device, tensor.dtype)
+    """Normal numbers, the same at every call on a device and in every type."""
+    generator = _generator(tensor.device)
+    drawn = torch.randn(tensor.shape, generator=generator, device=tensor.device)
+    return drawn.bfloat16().to(tensor.dtype)  # the other types hold these
 
 
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(_SEED)
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(_SEED)
 
 
 def _widened(value: Any) -> Any:  # noqa: ANN401 - whatever a model passes

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from service.errors import ModelNotSupportedError
 from service.models.discovery import DiscoveredLayer
+from service.models.fusions import Fusions
 from service.models.loading import LoadedModel
 from service.models.self_test import plain_reference
-from service.models.surgery import Fusions, fuse_modules
+from service.models.surgery import fuse_modules
 from service.parallel.group import RankGroup
 
 _BY_COLUMNS, _BY_ROWS = "colwise", "rowwise"
@@ -27,13 +28,16 @@ _BY_COLUMNS, _BY_ROWS = "colwise", "rowwise"
 _WHOLE = {"embedding_rowwise", "replicated_with_grad_allreduce", "replicated"}
 
 
-def shard_model(loaded: LoadedModel, group: RankGroup, *, fuse: bool) -> LoadedModel:
+def shard_model(
+    loaded: LoadedModel, group: RankGroup, *, fuse: bool, most_rows: int | None = None
+) -> LoadedModel:
     """Keep this rank's share of a model that lies whole in the host's memory.
 
     Args:
         loaded: Not fused; its attention modules are not bound yet. It is changed.
         group: All ranks, each of which does the same.
         fuse: Whether modules are fused where that gives the same numbers, on all ranks.
+        most_rows: Most tokens of a step; None may be any number.
 
     Raises:
         ModelNotSupportedError: The model cannot be divided among so many ranks; the message names
@@ -52,7 +56,9 @@ def shard_model(loaded: LoadedModel, group: RankGroup, *, fuse: bool) -> LoadedM
     notes = (*loaded.notes, f"Each of {group.size} ranks holds its share of the heads.")
     fusions = Fusions()
     if fuse:
-        fusions, fusion_notes = _fuse_alike(model, layers, loaded.max_context_tokens, group)
+        fusions, fusion_notes = _fuse_alike(
+            model, layers, loaded.max_context_tokens, most_rows, group
+        )
         notes += fusion_notes
     return replace(loaded, layers=layers, fusions=fusions, notes=notes, reference=reference)
 
@@ -195,11 +201,12 @@ def _fuse_alike(
     model: PreTrainedModel,
     layers: Sequence[DiscoveredLayer],
     max_context_tokens: int,
+    most_rows: int | None,
     group: RankGroup,
 ) -> tuple[Fusions, tuple[str, ...]]:
     """Fuse the same modules on all ranks, each of which compares its own share."""
     with group.apart():
-        fusions, notes = fuse_modules(model, layers, max_context_tokens)
+        fusions, notes = fuse_modules(model, layers, max_context_tokens, most_rows)
     names = {module: name for name, module in model.named_modules()}
     if group.agrees_on(sorted(names[module] for module in fusions.modules)):
         return fusions, notes

@@ -7,8 +7,7 @@ taken it is compared with the original on random input, on the model's device an
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from service.models.fused_modules import (
     FusedNorm,
     merge,
 )
+from service.models.fusions import Fusions
 from service.models.kernels import pick_module_kernels
 from service.models.kernels.operations import ModuleKernels, Norm, Projection, RotaryHeads
 from service.models.matching import (
@@ -49,42 +49,11 @@ _OFFSETS = (0.0, 1.0)
 _NOT_RECOGNISED = "has another structure"
 
 
-class Fusions:
-    """The modules of one model that compute with fewer kernels."""
-
-    def __init__(self) -> None:
-        self._forwards: dict[nn.Module, Forward] = {}
-
-    def install(self, forwards: dict[nn.Module, Forward]) -> None:
-        """Let the modules compute this from now on."""
-        for module, forward in forwards.items():
-            module.forward = forward
-        self._forwards |= forwards
-
-    def remove(self) -> None:
-        """Let the modules compute for good what they did before surgery."""
-        for module in self._forwards:
-            del module.forward
-        self._forwards = {}
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The modules that were taken."""
-        return tuple(self._forwards)
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Let the modules compute what they did before surgery, for a moment."""
-        for module in self._forwards:
-            del module.forward
-        try:
-            yield
-        finally:
-            self.install(self._forwards)
-
-
 def fuse_modules(
-    model: PreTrainedModel, layers: Sequence[DiscoveredLayer], max_context_tokens: int
+    model: PreTrainedModel,
+    layers: Sequence[DiscoveredLayer],
+    max_context_tokens: int,
+    most_rows: int | None = None,
 ) -> tuple[Fusions, tuple[str, ...]]:
     """Fuse what can be fused.
 
@@ -92,15 +61,19 @@ def fuse_modules(
         model: Its attention is ours, see ``hugging_face.set_attention``, and not bound yet.
         layers: Its attention layers.
         max_context_tokens: Rotary positions are tried up to here.
+        most_rows: Most tokens of a step; None may be any number.
 
     Returns:
         What was taken, and a sentence each on what was and what was not.
     """
     fusions, modules = Fusions(), list(model.modules())
-    kernels = pick_module_kernels(next(model.parameters()).device)
+    kernels = pick_module_kernels(next(model.parameters()).device, most_rows)
     with standing_in(layers) as attention:
         try:
-            calls, of_one_row = (record(model, modules, max_context_tokens, n) for n in (24, 1))
+            calls = record(model, modules, max_context_tokens)
+            of_one_row = (
+                record(model, modules, max_context_tokens, 1) if kernels[0].OTHER_ROWS else {}
+            )
         except FAILURES as error:
             return fusions, (f"No module was fused: {type(error).__name__}: {error}",)
         surgeon = _Surgeon(layers, calls, of_one_row, attention, kernels)
@@ -131,6 +104,7 @@ class _Surgeon:
         self._merged: set[nn.Linear] = set()
         self._norms: dict[nn.Module, FusedNorm] = {}
         self._refusals: dict[nn.Module, str] = {}
+        self._left_to_others: dict[str, str] = {}
         self.taken: dict[nn.Module, Forward] = {}
 
     def operate(self) -> None:
@@ -160,6 +134,11 @@ class _Surgeon:
         return (
             f"Fused after comparison: {listed or 'nothing'}.",
             *(f"{n} {name} left as they are: {reasons[name]}." for name, n in refused.items()),
+            *(
+                f"Some {name} are computed without a library, which {reason}."
+                for name, reason in self._left_to_others.items()
+                if name not in refused
+            ),
         )
 
     def _take(
@@ -170,7 +149,10 @@ class _Surgeon:
         kernels: ModuleKernels | None = None,
     ) -> Forward | None:
         """Take the first candidate that computes with these kernels what the module does."""
-        calls = list(self._calls_of(module, (kernels or self._kernels).OTHER_ROWS))
+        call = self._calls[module]
+        calls = [call, *call.with_counts((kernels or self._kernels).OTHER_ROWS)]
+        if module in self._of_one_row and not call.has_rows_only:
+            calls.append(self._of_one_row[module])
         reason: str | None = _NOT_RECOGNISED
         for candidate in candidates:
             reasons = (mismatch(module, candidate, call, read) for call in calls)
@@ -181,17 +163,6 @@ class _Surgeon:
                 return candidate
         self._refusals[module] = reason or _NOT_RECOGNISED
         return None
-
-    def _calls_of(self, module: nn.Module, counts: Sequence[int]) -> Iterator[Call]:
-        """With some rows, and as far as a call can be made up with these numbers of them."""
-        call = self._calls[module]
-        yield call
-        if call.rows is not None and call.has_rows_only:
-            *before, _, width = call.rows.shape
-            for count in counts:
-                yield call.with_rows(call.rows.new_empty(*before, count, width))
-        elif counts and module in self._of_one_row:
-            yield self._of_one_row[module]
 
     def _take_norm(self, module: nn.Module) -> None:
         epsilon = next(getattr(module, name) for name in EPSILONS if hasattr(module, name))
@@ -218,6 +189,7 @@ class _Surgeon:
             if self._take(module, candidates, _tensor, kernels):
                 self._merged |= set(linears)
                 break
+            self._left_to_others[type(module).__name__] = self._refusals[module]
 
     def _take_attention(self, layer: DiscoveredLayer) -> None:
         module, geometry, index = layer.module, layer.geometry, layer.index

@@ -1,9 +1,9 @@
 """Attention of single decode rows in Triton: split-KV flash decoding over paged keys and values.
 
-One program computes a *split*, a fixed number of a row's blocks in visiting order, for all query
-heads of one group, so that keys and values move once per group; a second kernel merges the splits
-of a row in their order. How a row is cut depends on the row alone: a row of a batch equals the
-row alone, bit for bit.
+One program computes a *split*, a few of a row's blocks in visiting order, for all query heads of
+one group, so that keys and values move once per group; a second kernel merges the splits of a row
+in their order. How a row is cut depends on the row alone: a row of a batch equals the row alone,
+bit for bit, unless thresholds of others send the batch through the kernels below.
 
 With thresholds the running maximum runs through all splits. Then one kernel computes scores and
 the maximum of each block, and another reads the values of the blocks that a head keeps; scores of
@@ -27,7 +27,7 @@ from sparse_methods.kernels.triton_launch import as_dependent
 from sparse_methods.kernels.triton_workspace import Workspace
 
 _LOG2_E = 1.4426950408889634
-_EARLIER_SPLITS = 64  # most whose maxima a program reads at once
+_EARLIER_SPLITS = (4, 64)  # whose maxima a program reads at once, by how many a row has at most
 _MERGED_SPLITS = 32  # splits that a merging program reads at once
 _MERGED_CHANNELS = 128
 _STEP_BYTES = 32768  # keys of one step: with the values and three stages half of shared memory
@@ -56,7 +56,7 @@ class DecodeConfig:
 
 
 def default_config(inputs: AttentionInputs) -> DecodeConfig:
-    """What was fastest on an H100 of those that ``benchmarks/decode.py`` compares."""
+    """What was fastest on an H100 and an H200, of those that ``benchmarks/decode.py`` compares."""
     widest = triton.next_power_of_2(max(inputs.keys.shape[3], inputs.values.shape[3]))
     step_keys = _STEP_BYTES // (widest * inputs.keys.element_size())
     return DecodeConfig(
@@ -147,7 +147,7 @@ class _Decode:
             log_thresholds=log_thresholds,
             skipped=self.workspace.skipped,
             unread_keys=self.workspace.unread_keys,
-            WIDTH=min(_EARLIER_SPLITS, triton.next_power_of_2(self.num_splits)),
+            WIDTH=_EARLIER_SPLITS[self.num_splits > _EARLIER_SPLITS[0]],
         )
 
     def _merge(self) -> None:

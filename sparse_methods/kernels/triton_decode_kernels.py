@@ -44,6 +44,14 @@ def _split_size(number, SPLIT: tl.constexpr, LEAST_SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _bounds(split, row, first, last, counts, SPLIT: tl.constexpr, LEAST_SPLITS: tl.constexpr):
+    """Where the entries of a split start and stop, of those that the row visits."""
+    number = _num_entries(row, first, last, counts)
+    size = _split_size(number, SPLIT, LEAST_SPLITS)
+    return split * size, tl.minimum((split + 1) * size, number)
+
+
+@triton.jit
 def _entries(place, stop, row, tile, first, last, counts, lists, capacity, diagonal_first):
     """Blocks at places of the visiting order, and which of those before a stop the row visits."""
     block = first + place
@@ -152,10 +160,8 @@ def attend_kernel(
     tile = tl.load(indices + place)
     row = tile * num_kv_heads + head
     position, first_key, first, last = _visible(tile, tiles, BLOCK, WINDOW, CHUNK)
-    number = _num_entries(row, first, last, counts)
-    size = _split_size(number, SPLIT, LEAST_SPLITS)
-    start, stop = split * size, tl.minimum((split + 1) * size, number)
-    if start >= number:
+    start, stop = _bounds(split, row, first, last, counts, SPLIT, LEAST_SPLITS)
+    if start >= stop:
         return
     at = tl.arange(0, SPLIT)
     block, is_visited = _entries(
@@ -219,10 +225,8 @@ def score_kernel(
     tile = tl.load(indices + place)
     row = tile * num_kv_heads + head
     position, first_key, first, last = _visible(tile, tiles, BLOCK, WINDOW, CHUNK)
-    number = _num_entries(row, first, last, counts)
-    size = _split_size(number, SPLIT, LEAST_SPLITS)
-    start, stop = split * size, tl.minimum((split + 1) * size, number)
-    if start >= number:
+    start, stop = _bounds(split, row, first, last, counts, SPLIT, LEAST_SPLITS)
+    if start >= stop:
         return
     at = tl.arange(0, SPLIT)
     block, is_visited = _entries(
@@ -282,10 +286,8 @@ def weigh_kernel(
     tile = tl.load(indices + place)
     row = tile * num_kv_heads + head
     position, first_key, first, last = _visible(tile, tiles, BLOCK, WINDOW, CHUNK)
-    number = _num_entries(row, first, last, counts)
-    size = _split_size(number, SPLIT, LEAST_SPLITS)
-    start, stop = split * size, tl.minimum((split + 1) * size, number)
-    if start >= number:
+    start, stop = _bounds(split, row, first, last, counts, SPLIT, LEAST_SPLITS)
+    if start >= stop:
         return
     at = tl.arange(0, SPLIT)
     block, is_visited = _entries(

@@ -30,7 +30,7 @@ def as_dependent(device: torch.device) -> dict[str, bool]:
 
 @cache
 def _has_dependents(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda" or torch.version.cuda is None or triton.knobs.runtime.interpret:
         return False
     return torch.cuda.get_device_capability(device)[0] >= _FIRST_MAJOR
 

@@ -29,7 +29,7 @@ def test_it_is_the_first_choice():
 def _few_rows_too(monkeypatch):
     from service.models.kernels import quack_modules
 
-    monkeypatch.setattr(quack_modules, "_LEAST_ROWS", 1024)
+    monkeypatch.setattr(quack_modules, "LEAST_ROWS", 1024)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

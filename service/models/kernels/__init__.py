@@ -10,11 +10,17 @@ from service.models.kernels import eager
 from service.models.kernels.operations import ModuleKernels
 
 
-def pick_module_kernels(device: torch.device) -> Sequence[ModuleKernels]:
+def pick_module_kernels(
+    device: torch.device, most_rows: int | None = None
+) -> Sequence[ModuleKernels]:
     """PyTorch on a CPU, Triton on a GPU, and before it quack for gated products where it works.
 
     The last computes everything; what is before it may fail for some layers. Neither library is
     imported unless it is needed.
+
+    Args:
+        device: Where the model is.
+        most_rows: Most tokens of a step; None may be any number.
     """
     if device.type != "cuda":
         return [cast("ModuleKernels", eager)]
@@ -23,6 +29,7 @@ def pick_module_kernels(device: torch.device) -> Sequence[ModuleKernels]:
     if importlib.util.find_spec("quack") is not None:
         from service.models.kernels import quack_modules
 
-        if quack_modules.works_on(device):
+        is_used = most_rows is None or most_rows >= quack_modules.LEAST_ROWS
+        if is_used and quack_modules.works_on(device):
             return [cast("ModuleKernels", each) for each in (quack_modules, triton_modules)]
     return [cast("ModuleKernels", triton_modules)]

@@ -1,7 +1,7 @@
-"""The passes between a model's matrix products: what goes in, what comes out.
+"""A model's matrix products and the passes between them: what goes in, what comes out.
 
-Every implementation in this folder computes these five in float32, whatever the type of its
-tensors, and rounds once. ``eager`` defines them.
+Every implementation in this folder computes them in float32, whatever the type of its tensors, and
+rounds once; a product that is gated in a second pass is rounded on the way. ``eager`` defines them.
 """
 
 from dataclasses import dataclass

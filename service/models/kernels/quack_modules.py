@@ -16,6 +16,7 @@ from service.models.kernels.operations import Activation, Projection
 from service.models.kernels.triton_modules import add_rms_norm, linear, rms_norm, rotate
 
 __all__ = [
+    "LEAST_ROWS",
     "OTHER_ROWS",
     "add_rms_norm",
     "gated_product",
@@ -26,9 +27,9 @@ __all__ = [
 ]
 
 _MAJORS = (9, 10)  # compute capabilities: Hopper, Blackwell
-_LEAST_ROWS = 4096  # below them a call costs the host more than the device gains
+LEAST_ROWS = 4096  # below them a call costs the host more than the device gains
 _NAMES: dict[Activation, str] = {"silu": "swiglu", "gelu_tanh": "geglu"}
-OTHER_ROWS = (*triton_modules.OTHER_ROWS, _LEAST_ROWS)
+OTHER_ROWS = (*triton_modules.OTHER_ROWS, LEAST_ROWS)
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def works_on(device: torch.device) -> bool:
 
 def _serves(rows: torch.Tensor, projection: Projection) -> bool:
     return (
-        rows.numel() >= _LEAST_ROWS * rows.shape[-1]
+        rows.numel() >= LEAST_ROWS * rows.shape[-1]
         and rows.dtype in (torch.bfloat16, torch.float16)
         and rows.is_contiguous()
         and projection.bias is None

@@ -35,9 +35,14 @@ _DEFAULT = SingleRowConfig()
 
 
 def is_served(rows: torch.Tensor, projection: Projection) -> bool:
-    """Whether these are one row, whose channels and whose weights lie side by side."""
+    """Whether these are one row, of the weights' type, and channels lie side by side in both."""
     weight = projection.weight
-    return rows.numel() == weight.shape[1] and rows.is_contiguous() and weight.stride(1) == 1
+    return (
+        rows.numel() == rows.shape[-1] == weight.shape[1]
+        and rows.dtype == weight.dtype
+        and rows.is_contiguous()
+        and weight.stride(1) == 1
+    )
 
 
 def linear(

@@ -171,7 +171,8 @@ class Kernels:
     add_rms_norm = staticmethod(eager.add_rms_norm)
     rotate = staticmethod(eager.rotate)
 
-    def __init__(self, linear=(), gated=()):
+    def __init__(self, linear=(), gated=(), error=None):
+        self._error = error
         self._wrong = {"linear": linear, "gated_product": gated}
         self.gated = []
 
@@ -180,6 +181,8 @@ class Kernels:
 
     def gated_product(self, rows, projection, activation):
         self.gated.append(rows.shape[-2])
+        if self._error is not None:
+            raise self._error
         return eager.gated_product(rows, projection, activation) * self._factor(
             "gated_product", rows
         )
@@ -188,9 +191,18 @@ class Kernels:
         return 1.01 if rows.shape[-2] in self._wrong[name] else 1.0
 
 
-def operated_with(monkeypatch, *kernels):
-    monkeypatch.setattr("service.models.surgery.pick_module_kernels", lambda _: list(kernels))
-    return Operated(tiny.build("llama"))
+def operated_with(monkeypatch, *kernels, name="llama"):
+    pick = "service.models.surgery.pick_module_kernels"
+    monkeypatch.setattr(pick, lambda *_: list(kernels))
+    return Operated(tiny.build(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "gpt_oss"])
+def test_logits_stay_what_they_are_where_a_device_has_its_own_products(monkeypatch, name):
+    operated = operated_with(monkeypatch, Kernels(), name=name)
+    number = FUSED_PER_LAYER[name] + 1  # of attention the projection of its output, at least
+    assert len(operated.fusions.modules) >= tiny.NUM_LAYERS * number + 2
+    assert operated.error() < TOLERANCE
 
 
 def test_linear_layers_that_are_merged_with_none_are_taken_where_a_device_has_its_own(monkeypatch):
@@ -204,7 +216,7 @@ def test_linear_layers_that_are_merged_with_none_are_taken_where_a_device_has_it
 
 
 def test_a_linear_layer_with_a_forward_of_its_own_is_left_alone(monkeypatch):
-    monkeypatch.setattr("service.models.surgery.pick_module_kernels", lambda _: [Kernels()])
+    monkeypatch.setattr("service.models.surgery.pick_module_kernels", lambda *_: [Kernels()])
     model = tiny.build("llama")
     head, down = model.lm_head, model.model.layers[0].mlp.down_proj
     for linear in (head, down):
@@ -227,10 +239,30 @@ def test_what_is_wrong_for_some_number_of_rows_is_not_taken(monkeypatch, num_row
     assert operated.error() < TOLERANCE
 
 
-def test_gated_products_that_one_library_cannot_compute_are_left_to_the_next(monkeypatch):
-    library, own = Kernels(gated=[100]), Kernels()
+class CompilerError(Exception):
+    """As libraries derive theirs: of nothing that one would expect."""
+
+
+@pytest.mark.parametrize(
+    ("library", "reason"),
+    [
+        (Kernels(gated=[100]), "differs by"),
+        (Kernels(error=AssertionError("tiles")), "fails with AssertionError: tiles"),
+        (Kernels(error=CompilerError("no")), "fails with CompilerError: no"),
+    ],
+    ids=["wrong", "assertion", "compiler"],
+)
+def test_gated_products_that_one_library_cannot_compute_are_left_to_the_next(
+    monkeypatch, library, reason
+):
+    own = Kernels()
     operated = operated_with(monkeypatch, library, own)
     assert operated.model.model.layers[0].mlp in operated.fusions.modules
+    assert not any("left as they are" in note for note in operated.notes)
+    assert any(
+        note.startswith(f"Some LlamaMLP are computed without a library, which {reason}")
+        for note in operated.notes
+    )
     library.gated.clear()
     assert operated.error() < TOLERANCE
     assert not library.gated

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from service.models.kernels import eager, triton_modules
+from service.models.kernels import eager, triton_modules, triton_single_row
 from service.models.kernels.operations import Projection
 from tests.service.models.kernels.cases import HEADS, draw, norm_of, rotary_case
 
@@ -48,6 +48,26 @@ def test_a_norm_of_rows_that_lie_apart():
     actual = triton_modules.add_rms_norm(rows, rows * 2, norm)
     for mine, expected in zip(actual, eager.add_rms_norm(rows, rows * 2, norm), strict=True):
         assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_products_of_one_row_have_kernels_of_their_own(monkeypatch, num_rows):
+    seen = []
+
+    def observed(own):
+        def run(*args):
+            seen.append(own)
+            return own(*args)
+
+        return run
+
+    for name in ("linear", "gated_product"):
+        monkeypatch.setattr(triton_single_row, name, observed(getattr(triton_single_row, name)))
+    rows, weight = moved(draw(1, num_rows, 9), torch.float32), moved(draw(8, 9), torch.float32)
+    projection = Projection(weight, None, (4, 4))
+    triton_modules.linear(rows, projection)
+    triton_modules.gated_product(rows, projection, "silu")
+    assert len(seen) == (2 if num_rows == 1 else 0)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])

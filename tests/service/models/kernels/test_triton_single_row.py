@@ -61,6 +61,18 @@ def test_several_rows_are_refused():
         triton_single_row.linear(row.expand(1, 2, 16), projection)
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (8, 1), (4, 2)])
+def test_rows_that_are_as_wide_only_together_are_no_row(shape):
+    projection = Projection(torch.ones(3, 8), None, (3,))
+    assert not triton_single_row.is_served(torch.ones(shape), projection)
+    assert triton_single_row.is_served(torch.ones(8), projection)
+
+
+def test_a_row_of_another_type_is_left_to_pytorch():
+    projection = Projection(torch.ones(3, 8), None, (3,))
+    assert not triton_single_row.is_served(torch.ones(8, dtype=torch.float64), projection)
+
+
 def test_weights_of_a_wider_matrix_are_read_by_their_stride():
     row, projection = case(6, 64, torch.float32, has_bias=False)
     expected = functional.linear(row[..., :32], projection.weight[:, :32])
