@@ -5,8 +5,8 @@ drains and fills. From Hopper on a kernel may be launched as a dependent of the 
 there when that one ends, and has loaded what nobody writes (weights). Before anything else it waits
 until all that came before has ended, so the order of what is read and written stays the same.
 
-Kernels that choose blocks are launched as ever: an attention kernel that took its places beside
-them, where room was left, was slower by what it gained (docs/lab.md, 2026-11-30).
+Kernels that choose blocks are launched as ever: attention that took what places they left was
+slower than attention that came after them (docs/lab.md, 2026-11-30).
 
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
