@@ -3,12 +3,13 @@
 Dense attention, block lists of known density (given, and selected in the time that counts), and
 thresholds on clustered queries and keys of which a known share of tiles scores far below the row's
 maximum: random ones would skip nothing and prove nothing. Ours reads shuffled pages; its time
-includes what it counts and allocates. flash-attn-4 by itself is timed too where it is installed.
+includes what it counts and allocates. FlexAttention computes dense attention and given lists beside
+it, and flash-attn-4 dense attention by itself where it is installed.
 """
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.errors import TritonError
 
+from benchmarks import flex_attention
 from benchmarks.cuda_timing import alternate_for
 from benchmarks.report import save
 from sparse_methods import SparseAttentionMethod, get_sparse_method
@@ -120,7 +122,7 @@ def implementations() -> dict[str, Implementation]:
 def dense(length: int, rep_ms: int) -> dict[str, float]:
     """Ours and the peers on a whole prompt."""
     inputs = build(length)
-    peers = {"cuDNN": _cudnn(inputs)}
+    peers = {"cuDNN": _cudnn(inputs)} | _flex_attention(inputs)
     if importlib.util.find_spec("flash_attn") is not None:
         peers["flash-attn-4"] = _flash_attn_4(inputs)
     ours = {name: partial(attend, inputs) for name, attend in implementations().items()}
@@ -140,7 +142,7 @@ def dense(length: int, rep_ms: int) -> dict[str, float]:
 def lists(inputs: AttentionInputs, density: float, cudnn: Run, rep_ms: int) -> dict[str, float]:
     """Random block lists that are given, not selected."""
     listed = replace(inputs, lists=_random_lists(inputs, density))
-    return _compare(lambda attend: attend(listed), cudnn, rep_ms)
+    return _compare(lambda attend: attend(listed), cudnn, rep_ms, _flex_attention(listed))
 
 
 def skipping(clustered: AttentionInputs, cudnn: Run, rep_ms: int) -> dict[str, float]:
@@ -188,12 +190,16 @@ def selected(
 
 
 def _compare(
-    run: Callable[[Implementation], AttentionOutputs], cudnn: Run, rep_ms: int
+    run: Callable[[Implementation], AttentionOutputs],
+    cudnn: Run,
+    rep_ms: int,
+    peers: Mapping[str, Run] | None = None,
 ) -> dict[str, float]:
-    """Each of our implementations against dense attention by cuDNN."""
+    """Each of our implementations, and peers, against dense attention by cuDNN."""
     ours = {name: partial(run, attend) for name, attend in implementations().items()}
-    times = alternate_for({"cuDNN dense": cudnn} | ours, rep_ms)
-    result: dict[str, float] = {}
+    peers = peers or {}
+    times = alternate_for({"cuDNN dense": cudnn, **peers, **ours}, rep_ms)
+    result = {f"ratio: {p} over cuDNN dense": times["cuDNN dense"] / times[p] for p in peers}
     for name, attend in ours.items():
         total, chosen, skipped = attend().blocks.sum((0, 1)).tolist()
         result |= {f"ratio: {name} over cuDNN dense": times["cuDNN dense"] / times[name]}
@@ -304,6 +310,17 @@ def _cudnn(inputs: AttentionInputs) -> Run:
             return functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
 
     return run
+
+
+def _flex_attention(inputs: AttentionInputs) -> dict[str, Run]:
+    """The peer by its name, or nothing where it does not compile."""
+    run = flex_attention.contender(inputs)
+    try:
+        run()
+    except Exception as error:  # noqa: BLE001 - whatever a compiler says
+        print(f"FlexAttention is left out: {type(error).__name__}: {str(error)[:200]}")
+        return {}
+    return {"FlexAttention": run}
 
 
 def _flash_attn_4(inputs: AttentionInputs) -> Run:

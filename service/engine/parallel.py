@@ -115,7 +115,6 @@ def load_share(
     if group is not None:
         is_half = dtype == "auto" and group.device.type == "cuda"
         device, dtype, fuse = "cpu", "bfloat16" if is_half else dtype, False
-    most_rows = settings.max_step_tokens
     loaded = load_model(
         settings.model,
         device,
@@ -123,11 +122,13 @@ def load_share(
         progress,
         settings.max_context_tokens,
         fuse=fuse,
-        most_rows=most_rows,
+        max_step_tokens=settings.max_step_tokens,
     )
     if group is None:
         return loaded
-    return shard_model(loaded, group, fuse=settings.fuse_modules, most_rows=most_rows)
+    return shard_model(
+        loaded, group, fuse=settings.fuse_modules, max_step_tokens=settings.max_step_tokens
+    )
 
 
 def num_pages_of_all(

@@ -87,7 +87,7 @@ def load_model(  # noqa: PLR0913 - each is a setting of the server
     max_context_tokens: int | None = None,
     *,
     fuse: bool = True,
-    most_rows: int | None = None,
+    max_step_tokens: int | None = None,
 ) -> LoadedModel:
     """Load a causal LM from a directory.
 
@@ -98,7 +98,7 @@ def load_model(  # noqa: PLR0913 - each is a setting of the server
         progress: Called with (stage, done, total).
         max_context_tokens: Longest context that will be served; None takes the model's own limit.
         fuse: Whether modules are fused where that gives the same numbers.
-        most_rows: Most tokens of a step; None may be any number.
+        max_step_tokens: Most tokens of a step; None may be any number.
 
     Raises:
         ModelNotSupportedError: The model cannot be served; the message says why.
@@ -115,7 +115,7 @@ def load_model(  # noqa: PLR0913 - each is a setting of the server
     set_attention(model, NAME)
     fusions = Fusions()
     if fuse:
-        fusions, fusion_notes = fuse_modules(model, layers, limit, most_rows)
+        fusions, fusion_notes = fuse_modules(model, layers, limit, max_step_tokens)
         notes += fusion_notes
     for note in notes:
         logger.info("%s: %s", directory.name, note)

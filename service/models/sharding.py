@@ -29,7 +29,7 @@ _WHOLE = {"embedding_rowwise", "replicated_with_grad_allreduce", "replicated"}
 
 
 def shard_model(
-    loaded: LoadedModel, group: RankGroup, *, fuse: bool, most_rows: int | None = None
+    loaded: LoadedModel, group: RankGroup, *, fuse: bool, max_step_tokens: int | None = None
 ) -> LoadedModel:
     """Keep this rank's share of a model that lies whole in the host's memory.
 
@@ -37,7 +37,7 @@ def shard_model(
         loaded: Not fused; its attention modules are not bound yet. It is changed.
         group: All ranks, each of which does the same.
         fuse: Whether modules are fused where that gives the same numbers, on all ranks.
-        most_rows: Most tokens of a step; None may be any number.
+        max_step_tokens: Most tokens of a step; None may be any number.
 
     Raises:
         ModelNotSupportedError: The model cannot be divided among so many ranks; the message names
@@ -57,7 +57,7 @@ def shard_model(
     fusions = Fusions()
     if fuse:
         fusions, fusion_notes = _fuse_alike(
-            model, layers, loaded.max_context_tokens, most_rows, group
+            model, layers, loaded.max_context_tokens, max_step_tokens, group
         )
         notes += fusion_notes
     return replace(loaded, layers=layers, fusions=fusions, notes=notes, reference=reference)
@@ -201,12 +201,12 @@ def _fuse_alike(
     model: PreTrainedModel,
     layers: Sequence[DiscoveredLayer],
     max_context_tokens: int,
-    most_rows: int | None,
+    max_step_tokens: int | None,
     group: RankGroup,
 ) -> tuple[Fusions, tuple[str, ...]]:
     """Fuse the same modules on all ranks, each of which compares its own share."""
     with group.apart():
-        fusions, notes = fuse_modules(model, layers, max_context_tokens, most_rows)
+        fusions, notes = fuse_modules(model, layers, max_context_tokens, max_step_tokens)
     names = {module: name for name, module in model.named_modules()}
     if group.agrees_on(sorted(names[module] for module in fusions.modules)):
         return fusions, notes

@@ -53,7 +53,7 @@ def fuse_modules(
     model: PreTrainedModel,
     layers: Sequence[DiscoveredLayer],
     max_context_tokens: int,
-    most_rows: int | None = None,
+    max_step_tokens: int | None = None,
 ) -> tuple[Fusions, tuple[str, ...]]:
     """Fuse what can be fused.
 
@@ -61,13 +61,13 @@ def fuse_modules(
         model: Its attention is ours, see ``hugging_face.set_attention``, and not bound yet.
         layers: Its attention layers.
         max_context_tokens: Rotary positions are tried up to here.
-        most_rows: Most tokens of a step; None may be any number.
+        max_step_tokens: Most tokens of a step; None may be any number.
 
     Returns:
         What was taken, and a sentence each on what was and what was not.
     """
     fusions, modules = Fusions(), list(model.modules())
-    kernels = pick_module_kernels(next(model.parameters()).device, most_rows)
+    kernels = pick_module_kernels(next(model.parameters()).device, max_step_tokens)
     with standing_in(layers) as attention:
         try:
             calls = record(model, modules, max_context_tokens)

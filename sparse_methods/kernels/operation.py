@@ -274,7 +274,8 @@ class BlockLists:
 
     Attributes:
         indices: [N, Hkv, C] int32, in visiting order.
-        counts: [N, Hkv] int32 entries in use; -1 reads every visible block.
+        counts: [N, Hkv] int32 entries in use; -1, for all heads of a tile, reads every visible
+            block.
     """
 
     indices: torch.Tensor

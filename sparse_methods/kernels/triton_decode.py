@@ -27,7 +27,7 @@ from sparse_methods.kernels.triton_launch import as_dependent
 from sparse_methods.kernels.triton_workspace import Workspace
 
 _LOG2_E = 1.4426950408889634
-_EARLIER_SPLITS = (4, 64)  # whose maxima a program reads at once, by how many a row has at most
+_FEW_SPLITS, _MANY_SPLITS = 4, 64  # whose maxima a program reads at once
 _MERGED_SPLITS = 32  # splits that a merging program reads at once
 _MERGED_CHANNELS = 128
 _STEP_BYTES = 32768  # keys of one step: with the values and three stages half of shared memory
@@ -147,7 +147,7 @@ class _Decode:
             log_thresholds=log_thresholds,
             skipped=self.workspace.skipped,
             unread_keys=self.workspace.unread_keys,
-            WIDTH=_EARLIER_SPLITS[self.num_splits > _EARLIER_SPLITS[0]],
+            WIDTH=_FEW_SPLITS if self.num_splits <= _FEW_SPLITS else _MANY_SPLITS,
         )
 
     def _merge(self) -> None:

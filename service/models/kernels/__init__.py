@@ -11,7 +11,7 @@ from service.models.kernels.operations import ModuleKernels
 
 
 def pick_module_kernels(
-    device: torch.device, most_rows: int | None = None
+    device: torch.device, max_step_tokens: int | None = None
 ) -> Sequence[ModuleKernels]:
     """PyTorch on a CPU, Triton on a GPU, and before it quack for gated products where it works.
 
@@ -20,7 +20,7 @@ def pick_module_kernels(
 
     Args:
         device: Where the model is.
-        most_rows: Most tokens of a step; None may be any number.
+        max_step_tokens: Most tokens of a step; None may be any number.
     """
     if device.type != "cuda":
         return [cast("ModuleKernels", eager)]
@@ -29,7 +29,7 @@ def pick_module_kernels(
     if importlib.util.find_spec("quack") is not None:
         from service.models.kernels import quack_modules
 
-        is_used = most_rows is None or most_rows >= quack_modules.LEAST_ROWS
+        is_used = max_step_tokens is None or max_step_tokens >= quack_modules.LEAST_ROWS
         if is_used and quack_modules.works_on(device):
             return [cast("ModuleKernels", each) for each in (quack_modules, triton_modules)]
     return [cast("ModuleKernels", triton_modules)]

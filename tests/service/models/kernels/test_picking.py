@@ -25,9 +25,9 @@ def test_a_cpu_gets_pytorch():
 
 
 @pytest.mark.usefixtures("_quack")
-@pytest.mark.parametrize("most_rows", [None, 4096, 8192])
-def test_long_steps_try_the_library_first(most_rows):
-    assert picked(CUDA, most_rows) == [quack_modules, triton_modules]
+@pytest.mark.parametrize("max_step_tokens", [None, 4096, 8192])
+def test_long_steps_try_the_library_first(max_step_tokens):
+    assert picked(CUDA, max_step_tokens) == [quack_modules, triton_modules]
 
 
 @pytest.mark.usefixtures("_quack")
