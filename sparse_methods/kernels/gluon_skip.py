@@ -15,7 +15,7 @@ from sparse_methods.kernels.triton_workspace import Workspace
 _HEAD_DIMS = (64, 128)
 _BLOCK = 128
 _WARPS = 8  # 16 rows each: scores and output then fit into registers
-_STAGES = 3  # blocks of keys that are on their way or in use
+_STAGES = 4  # blocks of keys that are on their way or in use
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 

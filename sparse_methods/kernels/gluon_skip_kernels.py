@@ -1,8 +1,12 @@
 """Prompt tiles with a threshold on Hopper, in Gluon: scores of the next block while one is judged.
 
-The tensor cores compute the next block's scores while the other units find the maximum of this
+The tensor cores compute the next blocks' scores while the other units find the maximum of this
 one, vote on it and, if it is kept, weigh it. Keys come by the tensor memory accelerator, several
 blocks ahead; values of a block only once it is kept, hidden behind its exponentials.
+
+A round of the loop is two visits: scores then alternate between two sets of registers and are
+never copied, and the second product is queued while the first may still run. Nothing is under way
+at the end of a round, as the assembler would otherwise let every product wait for itself.
 """
 
 from triton.experimental import gluon
@@ -27,6 +31,15 @@ def _block_at(
         entry = gl.load(listed + visit, mask=visit < num_listed, other=-1)
         block = gl.where(num_listed >= 0, entry, block)
     return gl.where((visit < num_visits) & (block <= last), block, -1)
+
+
+@gluon.jit
+def _product(query_tile, key_tiles, arrived, no_scores, visit, num_visits, STAGES: gl.constexpr):
+    """Scores of a visit, under way; behind the last one those of old keys, which count nowhere."""
+    place = visit % STAGES
+    mbarrier.wait(arrived.index(place), (visit // STAGES) & 1, pred=visit < num_visits)
+    keys = key_tiles.index(place).permute((1, 0))
+    return warpgroup_mma(query_tile, keys, no_scores, use_acc=False, is_async=True)
 
 
 @gluon.jit(
@@ -57,6 +70,8 @@ def attend_tile_with_threshold(
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DIM, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    # Every warp holds all votes: they pass one barrier, where a reduction across warps has two.
+    VOTES: gl.constexpr = gl.BlockedLayout([BLOCK // 32], [32], [WARPS], [0])
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [WARPS, 1], [1, 0])
 
     # Which tile, which head --------------------------------------------------------------------
@@ -120,66 +135,67 @@ def attend_tile_with_threshold(
     num_skipped = 0
     num_kept = 0
     # A list without blocks is not allowed, and comes out as NaN; nobody may wait for its keys.
-    mbarrier.wait(arrived.index(0), 0, pred=num_visits > 0)
-    token = warpgroup_mma(
-        query_tile, key_tiles.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True
-    )
-    scores = warpgroup_mma_wait(0, deps=(token,))
-    for visit in range(num_visits):
-        following = visit + 1
-        mbarrier.wait(
-            arrived.index(following % STAGES), (following // STAGES) & 1,
-            pred=following < num_visits,
-        )  # fmt: skip
-        # Behind the last visit these are the scores of old keys, which nobody looks at.
-        token = warpgroup_mma(
-            query_tile, key_tiles.index(following % STAGES).permute((1, 0)), no_scores,
-            use_acc=False, is_async=True,
-        )  # fmt: skip
-        block = _block_at(visit, num_visits, listed, num_listed, last, is_diagonal_first, HAS_LISTS)
-        if (block == last) | (block < 0):
-            at = block * BLOCK + slots
-            is_seen = (at[None, :] <= last_seen[:, None]) & (block >= 0)
-            scores = gl.where(is_seen, scores, float("-inf"))
-        highest = gl.max(scores, 1) * factor
-        new_maximum = gl.maximum(maximum, highest)
-        shift = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # rows without a key yet
-        is_high = (highest - shift > log_threshold) & is_row
-        is_kept = gl.max(is_high.to(gl.int32), 0) > 0
-        # Everybody voted, so everybody has read this visit's keys: their place is free.
-        beyond = visit + STAGES
-        mbarrier.expect(
-            arrived.index(visit % STAGES), keys.block_type.nbytes, pred=beyond < num_visits
+    under_way = _product(query_tile, key_tiles, arrived, no_scores, 0, num_visits, STAGES)
+    scores = warpgroup_mma_wait(0, deps=(under_way,))
+    for first in range(0, num_visits, 2):
+        under_way = _product(
+            query_tile, key_tiles, arrived, no_scores, first + 1, num_visits, STAGES
         )
-        tma.async_copy_global_to_shared(
-            keys, [(page_ahead * BLOCK).to(gl.int32), kv_head * DIM],
-            arrived.index(visit % STAGES), key_tiles.index(visit % STAGES),
-            pred=beyond < num_visits,
-        )  # fmt: skip
-        ahead = _block_at(
-            beyond + 1, num_visits, listed, num_listed, last, is_diagonal_first, HAS_LISTS
-        )
-        page_ahead = gl.load(page_row + gl.maximum(ahead, 0))
-        # Where a block is dropped, no row of it is a new maximum: the sums stay as they are.
-        if is_kept:
-            page = gl.load(page_row + gl.maximum(block, 0))
-            mbarrier.expect(arrived.index(STAGES), values.block_type.nbytes)
+        for within_round in gl.static_range(2):
+            visit = first + within_round
+            block = _block_at(
+                visit, num_visits, listed, num_listed, last, is_diagonal_first, HAS_LISTS
+            )
+            if (block == last) | (block < 0):
+                at = block * BLOCK + slots
+                is_seen = (at[None, :] <= last_seen[:, None]) & (block >= 0)
+                scores = gl.where(is_seen, scores, float("-inf"))
+            highest = gl.max(scores, 1) * factor
+            new_maximum = gl.maximum(maximum, highest)
+            shift = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # no key yet
+            is_high = (highest - shift > log_threshold) & is_row
+            is_kept = gl.max(gl.convert_layout(is_high.to(gl.int32), VOTES), 0) > 0
+            # Everybody voted, so everybody has read this visit's keys: their place is free.
+            beyond = visit + STAGES
+            mbarrier.expect(
+                arrived.index(visit % STAGES), keys.block_type.nbytes, pred=beyond < num_visits
+            )
             tma.async_copy_global_to_shared(
-                values, [(page * BLOCK).to(gl.int32), kv_head * DIM], arrived.index(STAGES),
-                value_tile,
+                keys, [(page_ahead * BLOCK).to(gl.int32), kv_head * DIM],
+                arrived.index(visit % STAGES), key_tiles.index(visit % STAGES),
+                pred=beyond < num_visits,
             )  # fmt: skip
-            weights = gl.exp2(scores * factor - shift[:, None])
-            rescale = gl.exp2(maximum - shift)
-            denominator = denominator * rescale + gl.sum(weights, 1)
-            accumulator *= gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
-            operand = gl.convert_layout(weights.to(values.dtype), WEIGHTS)
-            mbarrier.wait(arrived.index(STAGES), num_kept & 1)
-            accumulator = warpgroup_mma(operand, value_tile, accumulator, is_async=False)
-            num_kept += 1
-        else:
-            num_skipped += (block >= 0).to(gl.int32)
-        maximum = new_maximum
-        scores = warpgroup_mma_wait(0, deps=(token,))
+            ahead = _block_at(
+                beyond + 1, num_visits, listed, num_listed, last, is_diagonal_first, HAS_LISTS
+            )
+            page_ahead = gl.load(page_row + gl.maximum(ahead, 0))
+            # Where a block is dropped, no row of it is a new maximum: the sums stay as they are.
+            if is_kept:
+                page = gl.load(page_row + gl.maximum(block, 0))
+                mbarrier.expect(arrived.index(STAGES), values.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    values, [(page * BLOCK).to(gl.int32), kv_head * DIM], arrived.index(STAGES),
+                    value_tile,
+                )  # fmt: skip
+                weights = gl.exp2(scores * factor - shift[:, None])
+                rescale = gl.exp2(maximum - shift)
+                denominator = denominator * rescale + gl.sum(weights, 1)
+                accumulator *= gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
+                operand = gl.convert_layout(weights.to(values.dtype), WEIGHTS)
+                mbarrier.wait(arrived.index(STAGES), num_kept & 1)
+                accumulator = warpgroup_mma(operand, value_tile, accumulator, is_async=False)
+                num_kept += 1
+            else:
+                num_skipped += (block >= 0).to(gl.int32)
+            maximum = new_maximum
+            if within_round == 0:
+                queued = _product(
+                    query_tile, key_tiles, arrived, no_scores, visit + 2, num_visits, STAGES
+                )
+                scores = warpgroup_mma_wait(1, deps=(under_way,))
+                under_way = queued
+            else:
+                scores = warpgroup_mma_wait(0, deps=(under_way,))
 
     # Results -----------------------------------------------------------------------------------
     for stage in gl.static_range(STAGES + 1):
