@@ -38,7 +38,8 @@ class DecodeConfig:
     """How the work of a row is cut; it must not depend on the batch.
 
     Attributes:
-        split_blocks: Most blocks of a split, a power of two.
+        split_blocks: Most blocks of a split, a power of two that is at least four: Triton 3.6 fails
+            to compile a scan over fewer for wide heads.
         least_splits: Splits that a row has at least, as long as it has the blocks: a short row in
             few long splits would leave the device idle.
         least_scored_splits: The same where thresholds apply: each split looks at all before it.
@@ -53,6 +54,11 @@ class DecodeConfig:
     step_keys: int
     num_warps: int
     num_stages: int
+
+    def __post_init__(self) -> None:
+        if self.split_blocks < 4 or self.split_blocks & (self.split_blocks - 1):
+            message = f"split_blocks must be 4, 8, 16 or another power of two: {self.split_blocks}"
+            raise ValueError(message)
 
 
 def default_config(inputs: AttentionInputs) -> DecodeConfig:

@@ -133,7 +133,7 @@ def test_dense_equals_the_specification(geometry):
     assert_matches(build(geometry))
 
 
-@pytest.mark.parametrize(("split_blocks", "least"), [(8, 1), (8, 32), (2, 4)])
+@pytest.mark.parametrize(("split_blocks", "least"), [(8, 1), (8, 32), (4, 8)])
 @pytest.mark.parametrize("threshold", [None, 0.3])
 def test_rows_may_be_cut_in_any_way(split_blocks, least, threshold):
     inputs = build(peaked=3.0)
@@ -146,15 +146,21 @@ def test_rows_may_be_cut_in_any_way(split_blocks, least, threshold):
 @pytest.mark.parametrize("threshold", [None, 0.3])
 def test_more_splits_than_are_read_at_once(threshold):
     narrow = replace(PLAIN, num_heads=2, num_kv_heads=1, head_dim=16, value_dim=16)
-    inputs = build(narrow, [8 * 70 + 3, 200], block=8, peaked=0.1)
+    inputs = build(narrow, [8 * 280 + 3, 200], block=8, peaked=0.1)
     # Flat but for one block, behind the maxima that are read at once: what follows it is skipped.
     query = inputs.query[0, 0]
-    inputs.keys[inputs.page_table.pages[0, 66], :, 0] = query / query.square().sum() * 80
+    inputs.keys[inputs.page_table.pages[0, 276], :, 0] = query / query.square().sum() * 80
     if threshold is not None:
         thresholds = torch.full((2,), math.log(threshold), device=DEVICE)
         inputs = replace(inputs, log_thresholds=thresholds)
-    result = assert_matches(inputs, split_blocks=1, least=1)
+    result = assert_matches(inputs, split_blocks=4, least=1)
     assert threshold is None or result.skipped[0, 0] == 4
+
+
+@pytest.mark.parametrize("split_blocks", [0, 1, 2, 6])
+def test_splits_that_do_not_compile_are_refused(split_blocks):
+    with pytest.raises(ValueError, match=f"power of two: {split_blocks}"):
+        cut(build(), split_blocks, least=1)
 
 
 def test_short_rows_are_not_left_to_few_programs():
