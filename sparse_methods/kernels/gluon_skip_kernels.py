@@ -14,10 +14,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from sparse_methods.kernels.gluon_tiles import (
+    async_load,
+    described,
+    list_of,
+    load_rows,
+    store_rows,
+    tile_and_head,
+)
+from sparse_methods.kernels.triton_prefill_kernels import VARYING
 
 
 @gluon.jit
@@ -42,17 +51,7 @@ def _product(query_tile, key_tiles, arrived, no_scores, visit, num_visits, STAGE
     return warpgroup_mma(query_tile, keys, no_scores, use_acc=False, is_async=True)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "pages_request",
-        "indices_tile",
-        "indices_head",
-        "counts_tile",
-        "counts_head",
-        "num_tiles",
-        "heads_at_once",
-    ]
-)
+@gluon.jit(do_not_specialize=VARYING)
 def attend_tile_with_threshold(
     query, keys, values, output, lse, skipped, table, order, pages, indices, counts,
     log_thresholds, diagonal_first,
@@ -75,23 +74,16 @@ def attend_tile_with_threshold(
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [WARPS, 1], [1, 0])
 
     # Which tile, which head --------------------------------------------------------------------
-    program = gl.program_id(0)
-    per_section = num_tiles * heads_at_once
-    within = program % per_section
-    head = program // per_section * heads_at_once + within % heads_at_once
+    tile, head = tile_and_head(order, num_tiles, heads_at_once)
     kv_head = head // GROUP
-    tile = gl.load(order + within // heads_at_once)
-    first_row = gl.load(table + tile * 4).to(gl.int64)
-    num_rows = gl.load(table + tile * 4 + 1)
-    position = gl.load(table + tile * 4 + 2)
-    request = gl.load(table + tile * 4 + 3)
+    first_row, num_rows, position, request = described(table, tile)
     page_row = pages + request * pages_request
     last = (position + num_rows - 1) // BLOCK
-    num_listed, listed = -1, pages
-    num_visits = last + 1
+    listed, num_listed, num_visits = pages, -1, last + 1
     if HAS_LISTS:
-        num_listed = gl.load(counts + tile * counts_tile + kv_head * counts_head)
-        listed = indices + tile.to(gl.int64) * indices_tile + kv_head * indices_head
+        listed, num_listed = list_of(
+            tile, kv_head, indices, counts, indices_tile, indices_head, counts_tile, counts_head
+        )
         num_visits = gl.where(num_listed >= 0, num_listed, num_visits)
     is_diagonal_first = gl.load(diagonal_first + tile) != 0
     log_threshold = gl.load(log_thresholds + tile) * LOG2_E
@@ -99,9 +91,8 @@ def attend_tile_with_threshold(
     # Queries, and the first keys ---------------------------------------------------------------
     loaded_rows = gl.arange(0, BLOCK, gl.SliceLayout(1, LOADED))
     loaded_columns = gl.arange(0, DIM, gl.SliceLayout(0, LOADED))
-    offsets = (first_row + loaded_rows)[:, None] * query_row + head * query_head
-    rows_of_query = gl.load(
-        query + offsets + loaded_columns[None, :], mask=(loaded_rows < num_rows)[:, None], other=0.0
+    rows_of_query = load_rows(
+        query + head * query_head, first_row, loaded_rows, num_rows, query_row, loaded_columns
     )
     query_tile = gl.allocate_shared_memory(keys.dtype, [BLOCK, DIM], keys.layout)
     key_tiles = gl.allocate_shared_memory(keys.dtype, [STAGES, BLOCK, DIM], keys.layout)
@@ -115,7 +106,7 @@ def attend_tile_with_threshold(
         block = _block_at(stage, num_visits, listed, num_listed, last, is_diagonal_first, HAS_LISTS)
         page = gl.load(page_row + gl.maximum(block, 0))
         mbarrier.expect(arrived.index(stage), keys.block_type.nbytes, pred=stage < num_visits)
-        tma.async_copy_global_to_shared(
+        async_load(
             keys, [(page * BLOCK).to(gl.int32), kv_head * DIM], arrived.index(stage),
             key_tiles.index(stage), pred=stage < num_visits,
         )  # fmt: skip
@@ -160,7 +151,7 @@ def attend_tile_with_threshold(
             mbarrier.expect(
                 arrived.index(visit % STAGES), keys.block_type.nbytes, pred=beyond < num_visits
             )
-            tma.async_copy_global_to_shared(
+            async_load(
                 keys, [(page_ahead * BLOCK).to(gl.int32), kv_head * DIM],
                 arrived.index(visit % STAGES), key_tiles.index(visit % STAGES),
                 pred=beyond < num_visits,
@@ -173,7 +164,7 @@ def attend_tile_with_threshold(
             if is_kept:
                 page = gl.load(page_row + gl.maximum(block, 0))
                 mbarrier.expect(arrived.index(STAGES), values.block_type.nbytes)
-                tma.async_copy_global_to_shared(
+                async_load(
                     values, [(page * BLOCK).to(gl.int32), kv_head * DIM], arrived.index(STAGES),
                     value_tile,
                 )  # fmt: skip
@@ -204,12 +195,7 @@ def attend_tile_with_threshold(
     result = accumulator / divisor[:, None]
     out_rows = gl.arange(0, BLOCK, gl.SliceLayout(1, OUTPUT))
     columns = gl.arange(0, DIM, gl.SliceLayout(0, OUTPUT))
-    places = (first_row + out_rows) * NUM_HEADS + head
-    gl.store(
-        output + places[:, None] * DIM + columns[None, :],
-        result.to(output.dtype.element_ty),
-        mask=(out_rows < num_rows)[:, None],
-    )
+    store_rows(output, result, first_row, out_rows, num_rows, head, columns, NUM_HEADS)
     places = (first_row + rows) * NUM_HEADS + head
     gl.store(lse + places, (maximum + gl.log2(denominator)) * LN_2, mask=is_row)
     gl.store(skipped + tile * NUM_HEADS + head, num_skipped)

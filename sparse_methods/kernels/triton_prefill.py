@@ -78,11 +78,11 @@ def prefill(
     """
     geometry, tiles = inputs.geometry, inputs.tiles
     heads_at_once = _kv_heads_in_l2(inputs) * geometry.group_size
-    if config is None and inputs.log_thresholds is not None and _is_hopper(inputs):
-        from sparse_methods.kernels import gluon_skip
+    if config is None and _is_hopper(inputs):
+        from sparse_methods.kernels import gluon_prefill
 
-        if gluon_skip.serves(inputs):
-            gluon_skip.attend(inputs, indices, heads_at_once, workspace)
+        if gluon_prefill.serves(inputs):
+            gluon_prefill.attend(inputs, indices, heads_at_once, workspace)
             return
     config = config or default_config(inputs)
     query, keys, values, lists = inputs.query, inputs.keys, inputs.values, inputs.lists

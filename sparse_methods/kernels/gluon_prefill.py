@@ -1,12 +1,15 @@
-"""The attention operation for prompt tiles with a threshold, on Hopper, of the common shapes.
+"""The attention operation for prompt tiles on Hopper, of the common shapes.
 
 ``triton_prefill`` computes the same for every other device and shape.
 """
+
+from typing import Any
 
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sparse_methods.kernels.gluon_prefill_kernels import attend_tile
 from sparse_methods.kernels.gluon_skip_kernels import attend_tile_with_threshold
 from sparse_methods.kernels.operation import AttentionInputs
 from sparse_methods.kernels.physical_pages import clear_tails
@@ -14,13 +17,15 @@ from sparse_methods.kernels.triton_workspace import Workspace
 
 _HEAD_DIMS = (64, 128)
 _BLOCK = 128
-_WARPS = 8  # 16 rows each: scores and output then fit into registers
-_STAGES = 4  # blocks of keys that are on their way or in use
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+# Two groups of four warps, and one that loads; what 64 Ki registers allow them.
+_IN_GROUPS = {"STAGES": 3, "REGISTERS": 240, "LOADING_REGISTERS": 24, "num_warps": 4}
+# 16 rows per warp: scores of two blocks and the output then fit into registers.
+_TOGETHER = {"STAGES": 4, "WARPS": 8, "num_warps": 8}
 
 
 def serves(inputs: AttentionInputs) -> bool:
-    """Whether the kernel computes tiles of this shape."""
+    """Whether the kernels compute tiles of this shape."""
     geometry = inputs.geometry
     return (
         geometry.is_plain
@@ -40,30 +45,23 @@ def attend(
     """Compute the tiles named by ``indices`` into ``workspace``; see ``triton_prefill.prefill``.
 
     Args:
-        inputs: Has thresholds.
+        inputs: What ``serves`` holds for.
         indices: [n] int32 tile indices, on the device, the longest tiles first.
         heads_at_once: Query heads whose programs run side by side.
-        workspace: Receives output, lse and skipped of the tiles.
+        workspace: Receives output and lse of the tiles' rows, and skipped of the tiles.
     """
     clear_tails(inputs)  # what nobody wrote has a weight of 0, and 0 * inf is not 0
     geometry, tiles, query, lists = inputs.geometry, inputs.tiles, inputs.query, inputs.lists
-    diagonal_first = inputs.diagonal_first
-    if diagonal_first is None:  # with a constant, the compiler masks every block: a fifth slower
-        diagonal_first = query.new_zeros(len(tiles.tiles), dtype=torch.bool)
-    attend_tile_with_threshold[(len(indices) * geometry.num_heads,)](
-        query,
-        _descriptor(inputs.keys),
-        _descriptor(inputs.values),
-        workspace.output,
-        workspace.lse,
-        workspace.skipped,
+    rows = (query, _descriptor(inputs.keys), _descriptor(inputs.values))
+    results = (workspace.output, workspace.lse)
+    places = (
         tiles.table,
         indices,
         inputs.page_table.pages,
         None if lists is None else lists.indices,
         None if lists is None else lists.counts,
-        inputs.log_thresholds,
-        diagonal_first,
+    )
+    strides = (
         *query.stride()[:2],
         inputs.page_table.pages.stride(0),
         *((0, 0) if lists is None else lists.indices.stride()[:2]),
@@ -71,13 +69,31 @@ def attend(
         len(indices),
         heads_at_once,
         geometry.scale,
-        NUM_HEADS=geometry.num_heads,
-        GROUP=geometry.group_size,
-        DIM=geometry.head_dim,
-        BLOCK=_BLOCK,
-        STAGES=_STAGES,
-        WARPS=_WARPS,
-        num_warps=_WARPS,
+    )
+    compiling: dict[str, Any] = {
+        "NUM_HEADS": geometry.num_heads,
+        "GROUP": geometry.group_size,
+        "DIM": geometry.head_dim,
+        "BLOCK": _BLOCK,
+        "enable_fp_fusion": True,  # off by default from Triton 3.10 on
+    }
+    grid = (len(indices) * geometry.num_heads,)
+    if inputs.log_thresholds is None:
+        attend_tile[grid](*rows, *results, *places, *strides, **compiling, **_IN_GROUPS)
+        return
+    diagonal_first = inputs.diagonal_first
+    if diagonal_first is None:  # with a constant, the compiler masks every block: a fifth slower
+        diagonal_first = query.new_zeros(len(tiles.tiles), dtype=torch.bool)
+    attend_tile_with_threshold[grid](
+        *rows,
+        *results,
+        workspace.skipped,
+        *places,
+        inputs.log_thresholds,
+        diagonal_first,
+        *strides,
+        **compiling,
+        **_TOGETHER,
     )
 
 
