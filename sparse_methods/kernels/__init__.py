@@ -54,10 +54,17 @@ def prepare(
     name: str, geometries: Iterable[LayerGeometry], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Compile what an implementation takes long to compile, so that no request waits for it."""
+    if name == "reference":
+        return
+    from sparse_methods.kernels import triton_prefill
+
+    different = dict.fromkeys(geometries)
+    for geometry in different:
+        triton_prefill.prepare(geometry, dtype, device)
     if name == "flash_attention_4":
         from sparse_methods.kernels import flash_attention_4
 
-        for geometry in dict.fromkeys(geometries):
+        for geometry in different:
             flash_attention_4.prepare(geometry, dtype, device)
 
 

@@ -17,15 +17,11 @@ from cutlass import cute
 from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-from sparse_methods.kernels import triton_attention
+from sparse_methods.kernels import trial, triton_attention
 from sparse_methods.kernels.operation import (
     AttentionInputs,
     AttentionOutputs,
-    BlockLists,
     LayerGeometry,
-    PageTable,
-    QueryTiles,
-    Tile,
     TileRun,
     count_selected,
 )
@@ -67,25 +63,10 @@ def attend(inputs: AttentionInputs) -> AttentionOutputs:
 def prepare(geometry: LayerGeometry, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what ``attend`` will call for a layer: seconds that no request should wait."""
     num_blocks = -(-max(_LEAST_ROWS, math.isqrt(_LEAST_SCORES)) // _BLOCK)
-    tiles = tuple(
-        Tile(n * _BLOCK, _BLOCK, n * _BLOCK, 0, is_decode=False) for n in range(num_blocks)
-    )
-    slots = num_blocks, _BLOCK, geometry.num_kv_heads
-    inputs = AttentionInputs(
-        query=torch.zeros(
-            num_blocks * _BLOCK, geometry.num_heads, geometry.head_dim, dtype=dtype, device=device
-        ),
-        keys=torch.zeros(*slots, geometry.head_dim, dtype=dtype, device=device),
-        values=torch.zeros(*slots, geometry.value_dim, dtype=dtype, device=device),
-        page_table=PageTable(torch.arange(num_blocks, device=device)[None]),
-        tiles=QueryTiles(tiles, _BLOCK, device),
-        geometry=geometry,
-    )
-    if not _runs(inputs):
-        return
-    counts = torch.full((num_blocks, geometry.num_kv_heads), -1, dtype=torch.int32, device=device)
-    attend(inputs)
-    attend(replace(inputs, lists=BlockLists(counts[..., None].clone(), counts)))
+    inputs = trial.zeros(geometry, dtype, device, num_blocks)
+    if _runs(inputs):
+        attend(inputs)
+        attend(trial.with_lists(inputs))
 
 
 def _runs(inputs: AttentionInputs) -> tuple[TileRun, ...]:

@@ -1,17 +1,22 @@
 """The attention operation for prompt tiles on Hopper, of the common shapes.
 
-``triton_prefill`` computes the same for every other device and shape.
+``triton_prefill`` computes the same for every other device and shape, and where Gluon, which is
+experimental, no longer compiles the kernels.
 """
 
+import functools
+import logging
 from typing import Any
 
 import torch
+import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sparse_methods.kernels import trial
 from sparse_methods.kernels.gluon_prefill_kernels import attend_tile
 from sparse_methods.kernels.gluon_skip_kernels import attend_tile_with_threshold
-from sparse_methods.kernels.operation import AttentionInputs
+from sparse_methods.kernels.operation import AttentionInputs, LayerGeometry
 from sparse_methods.kernels.physical_pages import clear_tails
 from sparse_methods.kernels.triton_workspace import Workspace
 
@@ -24,16 +29,70 @@ _IN_GROUPS = {"STAGES": 3, "REGISTERS": 240, "LOADING_REGISTERS": 24, "num_warps
 _TOGETHER = {"STAGES": 4, "WARPS": 8, "num_warps": 8}
 
 
+_log = logging.getLogger(__name__)
+
+
 def serves(inputs: AttentionInputs) -> bool:
-    """Whether the kernels compute tiles of this shape."""
-    geometry = inputs.geometry
+    """Whether the kernels compute tiles of this shape, here and with this Triton."""
+    return (
+        inputs.tiles.block_size == _BLOCK
+        and _fits(inputs.geometry, inputs.query.dtype)
+        and _compiles(
+            inputs.geometry,
+            inputs.query.dtype,
+            inputs.query.device,
+            inputs.lists is not None,
+            inputs.log_thresholds is not None,
+        )
+    )
+
+
+def prepare(geometry: LayerGeometry, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what a layer will need: seconds that no request should wait."""
+    if _fits(geometry, dtype):
+        for has_lists in (False, True):
+            for has_thresholds in (False, True):
+                _compiles(geometry, dtype, device, has_lists, has_thresholds)
+
+
+def _fits(geometry: LayerGeometry, dtype: torch.dtype) -> bool:
     return (
         geometry.is_plain
         and geometry.head_dim == geometry.value_dim
         and geometry.head_dim in _HEAD_DIMS
-        and inputs.tiles.block_size == _BLOCK
-        and inputs.query.dtype in _DTYPES
+        and dtype in _DTYPES
     )
+
+
+@functools.cache
+def _compiles(
+    geometry: LayerGeometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_lists: bool,  # noqa: FBT001 - a key of the cache
+    has_thresholds: bool,  # noqa: FBT001
+) -> bool:
+    """Whether a trial succeeds; what a compiler says otherwise goes to the log, once."""
+    inputs = trial.zeros(geometry, dtype, device, num_blocks=1)
+    inputs = trial.with_lists(inputs) if has_lists else inputs
+    inputs = trial.with_thresholds(inputs) if has_thresholds else inputs
+    try:
+        attend(inputs, inputs.tiles.prefill_indices, 1, Workspace.allocate(inputs))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a compiler raises
+        _log.warning(
+            "Triton %s does not compile the Gluon kernel for %s (lists: %s, thresholds: %s);"
+            " prompts take the slower one in Triton. %s: %s",
+            triton.__version__,
+            geometry,
+            has_lists,
+            has_thresholds,
+            type(error).__name__,
+            str(error)[:500],
+        )
+        return False
+    return True
 
 
 def attend(

@@ -5,17 +5,22 @@ grid, so that they share keys and values in the L2 cache, and the tiles with the
 first. Nothing is accumulated across programs, so a tile's result does not depend on its batch.
 """
 
+import functools
+import logging
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparse_methods.kernels.operation import AttentionInputs
+from sparse_methods.kernels.operation import AttentionInputs, LayerGeometry
 from sparse_methods.kernels.triton_prefill_kernels import attend_tile
 from sparse_methods.kernels.triton_skip_kernels import attend_tile_with_threshold
 from sparse_methods.kernels.triton_workspace import Workspace
+
+_log = logging.getLogger(__name__)
 
 _L2_BYTES = 32 << 20  # what of an H100's 50 MiB keys and values may fill
 _SHARED_BYTES = 227 << 10  # what a block may use on an H100
@@ -61,6 +66,13 @@ def default_config(inputs: AttentionInputs) -> PrefillConfig:
     return PrefillConfig(num_warps=num_warps, num_stages=num_stages, sub_tile=sub_tile)
 
 
+def prepare(geometry: LayerGeometry, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what takes seconds, so that no request waits for it."""
+    gluon = _gluon(device)
+    if gluon is not None:
+        gluon.prepare(geometry, dtype, device)
+
+
 def prefill(
     inputs: AttentionInputs,
     indices: torch.Tensor,
@@ -78,12 +90,10 @@ def prefill(
     """
     geometry, tiles = inputs.geometry, inputs.tiles
     heads_at_once = _kv_heads_in_l2(inputs) * geometry.group_size
-    if config is None and _is_hopper(inputs):
-        from sparse_methods.kernels import gluon_prefill
-
-        if gluon_prefill.serves(inputs):
-            gluon_prefill.attend(inputs, indices, heads_at_once, workspace)
-            return
+    gluon = _gluon(inputs.query.device) if config is None else None
+    if gluon is not None and gluon.serves(inputs):
+        gluon.attend(inputs, indices, heads_at_once, workspace)
+        return
     config = config or default_config(inputs)
     query, keys, values, lists = inputs.query, inputs.keys, inputs.values, inputs.lists
     has_thresholds = inputs.log_thresholds is not None
@@ -165,9 +175,17 @@ def prefill(
     )
 
 
-def _is_hopper(inputs: AttentionInputs) -> bool:
-    device = inputs.query.device
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+@functools.cache
+def _gluon(device: torch.device) -> ModuleType | None:
+    """The kernels in Gluon where they run: on Hopper, while Triton has what they import."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        from sparse_methods.kernels import gluon_prefill
+    except (ImportError, AttributeError) as error:
+        _log.warning("Prompts take the slower kernels in Triton: %s", error)
+        return None
+    return gluon_prefill
 
 
 def _padded(dim: int) -> int:

@@ -1,0 +1,49 @@
+"""A prompt of zeros, to compile kernels with before a request has to wait for that."""
+
+from dataclasses import replace
+
+import torch
+
+from sparse_methods.kernels.operation import (
+    AttentionInputs,
+    BlockLists,
+    LayerGeometry,
+    PageTable,
+    QueryTiles,
+    Tile,
+)
+
+
+def zeros(
+    geometry: LayerGeometry, dtype: torch.dtype, device: torch.device, num_blocks: int
+) -> AttentionInputs:
+    """One dense prompt of ``num_blocks`` full blocks of 128 keys."""
+    block = 128
+    tiles = tuple(Tile(n * block, block, n * block, 0, is_decode=False) for n in range(num_blocks))
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    slots = num_blocks, block, geometry.num_kv_heads
+    return AttentionInputs(
+        query=new(num_blocks * block, geometry.num_heads, geometry.head_dim),
+        keys=new(*slots, geometry.head_dim),
+        values=new(*slots, geometry.value_dim),
+        page_table=PageTable(torch.arange(num_blocks, device=device)[None]),
+        tiles=QueryTiles(tiles, block, device),
+        geometry=geometry,
+    )
+
+
+def with_lists(inputs: AttentionInputs) -> AttentionInputs:
+    """The same work, of which a kernel learns from lists: each says that a tile reads all."""
+    counts = inputs.tiles.positions.new_full(
+        (len(inputs.tiles.tiles), inputs.geometry.num_kv_heads), -1, dtype=torch.int32
+    )
+    return replace(inputs, lists=BlockLists(counts[..., None].clone(), counts))
+
+
+def with_thresholds(inputs: AttentionInputs) -> AttentionInputs:
+    """The same work with a threshold for each tile."""
+    logs = inputs.tiles.positions.new_full((len(inputs.tiles.tiles),), -1.0, dtype=torch.float32)
+    return replace(inputs, log_thresholds=logs)
