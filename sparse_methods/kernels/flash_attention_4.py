@@ -62,8 +62,7 @@ def attend(inputs: AttentionInputs) -> AttentionOutputs:
 
 def prepare(geometry: LayerGeometry, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what ``attend`` will call for a layer: seconds that no request should wait."""
-    num_blocks = -(-max(_LEAST_ROWS, math.isqrt(_LEAST_SCORES)) // _BLOCK)
-    inputs = trial.zeros(geometry, dtype, device, num_blocks)
+    inputs = trial.zeros(geometry, dtype, device, max(_LEAST_ROWS, math.isqrt(_LEAST_SCORES)))
     if _runs(inputs):
         attend(inputs)
         attend(trial.with_lists(inputs))

@@ -34,8 +34,10 @@ _log = logging.getLogger(__name__)
 
 def serves(inputs: AttentionInputs) -> bool:
     """Whether the kernels compute tiles of this shape, here and with this Triton."""
+    caches = inputs.keys, inputs.values
     return (
         inputs.tiles.block_size == _BLOCK
+        and all(_is_described(cache, inputs.query.dtype) for cache in caches)
         and _fits(inputs.geometry, inputs.query.dtype)
         and _compiles(
             inputs.geometry,
@@ -64,6 +66,11 @@ def _fits(geometry: LayerGeometry, dtype: torch.dtype) -> bool:
     )
 
 
+def _is_described(cache: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the accelerator can address it in place."""
+    return cache.is_contiguous() and cache.dtype == dtype and cache.data_ptr() % 16 == 0
+
+
 @functools.cache
 def _compiles(
     geometry: LayerGeometry,
@@ -73,7 +80,7 @@ def _compiles(
     has_thresholds: bool,  # noqa: FBT001
 ) -> bool:
     """Whether a trial succeeds; what a compiler says otherwise goes to the log, once."""
-    inputs = trial.zeros(geometry, dtype, device, num_blocks=1)
+    inputs = trial.zeros(geometry, dtype, device, num_rows=_BLOCK - 1)  # its end is cleared, too
     inputs = trial.with_lists(inputs) if has_lists else inputs
     inputs = trial.with_thresholds(inputs) if has_thresholds else inputs
     try:
@@ -160,4 +167,5 @@ def _descriptor(cache: torch.Tensor) -> TensorDescriptor:
     """[P * block_size, Hkv * D] view of a cache, read a block of one head at a time."""
     shape = [_BLOCK, cache.shape[3]]
     layout = gl.NVMMASharedLayout.get_default_for(shape, _DTYPES[cache.dtype])
-    return TensorDescriptor.from_tensor(cache.flatten(2).flatten(0, 1), shape, layout)
+    slots = cache.view(-1, cache.shape[2] * cache.shape[3])
+    return TensorDescriptor.from_tensor(slots, shape, layout)

@@ -15,21 +15,24 @@ from sparse_methods.kernels.operation import (
 
 
 def zeros(
-    geometry: LayerGeometry, dtype: torch.dtype, device: torch.device, num_blocks: int
+    geometry: LayerGeometry, dtype: torch.dtype, device: torch.device, num_rows: int
 ) -> AttentionInputs:
-    """One dense prompt of ``num_blocks`` full blocks of 128 keys."""
+    """One dense prompt on pages of 128 keys."""
     block = 128
-    tiles = tuple(Tile(n * block, block, n * block, 0, is_decode=False) for n in range(num_blocks))
+    tiles = tuple(
+        Tile(row, min(block, num_rows - row), row, 0, is_decode=False)
+        for row in range(0, num_rows, block)
+    )
 
     def new(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    slots = num_blocks, block, geometry.num_kv_heads
+    slots = len(tiles), block, geometry.num_kv_heads
     return AttentionInputs(
-        query=new(num_blocks * block, geometry.num_heads, geometry.head_dim),
+        query=new(num_rows, geometry.num_heads, geometry.head_dim),
         keys=new(*slots, geometry.head_dim),
         values=new(*slots, geometry.value_dim),
-        page_table=PageTable(torch.arange(num_blocks, device=device)[None]),
+        page_table=PageTable(torch.arange(len(tiles), device=device)[None]),
         tiles=QueryTiles(tiles, block, device),
         geometry=geometry,
     )

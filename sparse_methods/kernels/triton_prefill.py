@@ -2,7 +2,9 @@
 
 One program computes one tile of one query head. The heads of a group lie side by side in the
 grid, so that they share keys and values in the L2 cache, and the tiles with the most keys start
-first. Nothing is accumulated across programs, so a tile's result does not depend on its batch.
+first. Nothing is accumulated across programs, so a tile's result does not depend on its batch,
+unless thresholds of others send the batch through another kernel. ``gluon_prefill`` computes the
+common shapes on Hopper.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """The kernels for prompts on Hopper against the eager reference."""
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ pytestmark = [
         not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
         reason="needs a Hopper device",
     ),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(300, method="thread"),  # who waits for a device does not hear signals
 ]
 GEOMETRIES = {
     f"{heads} over {kv_heads} of {dim}": LayerGeometry(heads, kv_heads, dim, dim, scale=dim**-0.5)
@@ -65,15 +66,33 @@ def check_skipping(inputs):
     assert 0 < result.blocks[..., 2].sum() < result.blocks[..., 1].sum()
 
 
-def computed(inputs, tiles):
-    """[rows, heads, dim] outputs of some tiles; the others' are NaN."""
+def computed(inputs, tiles, config=None):
+    """A workspace in which all but the results of some tiles is NaN."""
     from sparse_methods.kernels.triton_prefill import prefill
     from sparse_methods.kernels.triton_workspace import Workspace
 
     workspace = Workspace.allocate(inputs)
     workspace.output.fill_(math.nan)
-    prefill(inputs, torch.tensor(list(tiles), dtype=torch.int32, device="cuda"), workspace)
-    return workspace.output
+    workspace.lse.fill_(math.nan)
+    indices = torch.tensor(list(tiles), dtype=torch.int32, device="cuda")
+    prefill(inputs, indices, workspace, config)
+    return workspace
+
+
+def choose_some(tile, head, visible):
+    return None if tile == 2 else sorted({visible[0], *visible[head % 2 :: 2], visible[-1]})
+
+
+def choose_in_disorder(tile, head, visible):
+    """Some blocks in any order, among them what the tile does not see or what is no block."""
+    dice = random.Random(100 * tile + head)
+    chosen = dice.sample(visible, dice.randint(1, len(visible)))
+    chosen += dice.sample([-1, -7, visible[-1] + 1, 9999, -(2**31), 2**31 - 1], dice.randint(0, 4))
+    dice.shuffle(chosen)
+    return None if tile == 2 else chosen
+
+
+CHOICES = [choose_some, choose_in_disorder]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -83,14 +102,11 @@ def test_dense(geometry, requests, dtype):
     check(build(geometry, requests, 128, dtype))
 
 
+@pytest.mark.parametrize("choose", CHOICES)
 @pytest.mark.parametrize("requests", REQUESTS.values(), ids=REQUESTS)
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_lists(geometry, requests):
+def test_lists(geometry, requests, choose):
     inputs = build(geometry, requests, 128, torch.bfloat16)
-
-    def choose(tile, head, visible):
-        return None if tile == 2 else sorted({visible[0], *visible[head % 2 :: 2], visible[-1]})
-
     check(replace(inputs, lists=lists_of(inputs, choose)))
 
 
@@ -103,29 +119,76 @@ def test_a_list_of_one_block_of_any_place():
     check(replace(inputs, lists=lists_of(inputs, choose)))
 
 
-@pytest.mark.parametrize("has_thresholds", [False, True])
-def test_a_tile_does_not_depend_on_the_others(has_thresholds):
-    geometry, requests = GEOMETRIES["8 over 2 of 128"], REQUESTS["several"]
-    inputs = build(geometry, requests, 128, torch.bfloat16)
+def some_tiles(has_thresholds, requests):
+    geometry = GEOMETRIES["8 over 2 of 128"]
     if has_thresholds:
-        inputs = with_thresholds(geometry, requests, torch.bfloat16, is_diagonal_first=True)
+        return with_thresholds(geometry, requests, torch.bfloat16, is_diagonal_first=True)
+    return build(geometry, requests, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize("has_lists", [False, True])
+@pytest.mark.parametrize("has_thresholds", [False, True])
+def test_a_tile_does_not_depend_on_the_others_nor_write_theirs(has_thresholds, has_lists):
+    inputs = some_tiles(has_thresholds, REQUESTS["several"])
+    if has_lists:
+        inputs = replace(inputs, lists=lists_of(inputs, choose_some))
     together = computed(inputs, range(len(inputs.tiles.tiles)))
+    assert not together.output.isnan().any()
     for number, tile in enumerate(inputs.tiles.tiles):
-        rows = slice(tile.first_row, tile.first_row + tile.num_rows)
-        assert torch.equal(computed(inputs, [number])[rows], together[rows])
-    assert not together.isnan().any()
+        alone = computed(inputs, [number])
+        is_own = torch.zeros(len(inputs.query), dtype=torch.bool, device="cuda")
+        is_own[tile.first_row : tile.first_row + tile.num_rows] = True
+        for result, expected in ((alone.output, together.output), (alone.lse, together.lse)):
+            assert torch.equal(result[is_own], expected[is_own])
+            assert result[~is_own].isnan().all()
 
 
 @pytest.mark.parametrize("has_thresholds", [False, True])
 def test_an_empty_list_keeps_nobody_waiting(has_thresholds):
     """It is not allowed, but an operator must not lose a device to it."""
-    geometry = GEOMETRIES["8 over 2 of 128"]
-    inputs = build(geometry, [(0, 512)], 128, torch.bfloat16)
-    if has_thresholds:
-        inputs = with_thresholds(geometry, [(0, 512)], torch.bfloat16, is_diagonal_first=False)
+    inputs = some_tiles(has_thresholds, [(0, 512)])
     lists = lists_of(inputs, lambda tile, head, visible: [] if tile == 1 else visible)
-    output, expected = (computed(each, range(4)) for each in (replace(inputs, lists=lists), inputs))
-    torch.testing.assert_close(output[256:], expected[256:])
+    listed = replace(inputs, lists=lists, diagonal_first=None)
+    output = computed(listed, range(4)).output
+    expected = computed(replace(inputs, diagonal_first=None), range(4)).output
+    for rows in (slice(0, 128), slice(256, 512)):
+        torch.testing.assert_close(output[rows], expected[rows])
+    assert output[128:256].isnan().all()
+
+
+@pytest.mark.parametrize("has_lists", [False, True])
+@pytest.mark.parametrize("has_thresholds", [False, True])
+def test_the_kernels_that_take_over_compute_the_same(has_thresholds, has_lists):
+    from sparse_methods.kernels.triton_prefill import default_config
+
+    inputs = some_tiles(has_thresholds, REQUESTS["several"])
+    if has_lists:
+        inputs = replace(inputs, lists=lists_of(inputs, choose_some))
+    tiles = range(len(inputs.tiles.tiles))
+    ours, others = (computed(inputs, tiles, c) for c in (None, default_config(inputs)))
+    if not has_thresholds:  # where a score beside its threshold may fall on the other side
+        torch.testing.assert_close(ours.output, others.output, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(ours.lse, others.lse, atol=1e-3, rtol=1e-3)
+    expected = reference.attend(on_float32(inputs))
+    torch.testing.assert_close(others.output.float(), expected.output, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("change", ["strided", "not aligned"])
+def test_caches_that_cannot_be_addressed_in_place_are_left_to_triton(change):
+    from sparse_methods.kernels import gluon_prefill
+
+    inputs = some_tiles(has_thresholds=False, requests=[(0, 300)])
+    wide = torch.zeros(*inputs.keys.shape[:3], 256, dtype=torch.bfloat16, device="cuda")
+    apart = wide[..., :128]
+    if change == "not aligned":
+        apart = wide.flatten()[1 : 1 + inputs.keys.numel()].view_as(inputs.keys)
+    apart.copy_(inputs.keys)
+    changed = replace(inputs, keys=apart)
+    assert not gluon_prefill.serves(changed)
+    tiles = range(len(inputs.tiles.tiles))
+    torch.testing.assert_close(
+        computed(changed, tiles).output, computed(inputs, tiles).output, atol=2e-2, rtol=2e-2
+    )
 
 
 @pytest.mark.parametrize("is_diagonal_first", [False, True])
@@ -136,12 +199,9 @@ def test_thresholds(geometry, requests, dtype, is_diagonal_first):
     check_skipping(with_thresholds(geometry, requests, dtype, is_diagonal_first))
 
 
+@pytest.mark.parametrize("choose", CHOICES)
 @pytest.mark.parametrize("requests", REQUESTS.values(), ids=REQUESTS)
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_thresholds_and_lists(geometry, requests):
+def test_thresholds_and_lists(geometry, requests, choose):
     inputs = with_thresholds(geometry, requests, torch.bfloat16, is_diagonal_first=True)
-
-    def choose(tile, head, visible):
-        return None if tile == 2 else sorted({visible[0], *visible[head % 2 :: 2], visible[-1]})
-
     check_skipping(replace(inputs, lists=lists_of(inputs, choose)))
