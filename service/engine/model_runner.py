@@ -51,7 +51,7 @@ class ModelRunner:
         self.num_pages = num_pages
         self.block_size = block_size
         self.attention_name, implementation = pick_implementation("auto", self.device)
-        prepare(self.attention_name, self.geometries, self.dtype, self.device)
+        prepare(self.attention_name, self.geometries, self.dtype, block_size, self.device)
         self._num_slots = num_slots
         # One page and one slot more than are handed out: padding rows write and count there.
         caches = allocate_caches(

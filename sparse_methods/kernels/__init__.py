@@ -51,7 +51,11 @@ def pick_implementation(
 
 
 def prepare(
-    name: str, geometries: Iterable[LayerGeometry], dtype: torch.dtype, device: torch.device
+    name: str,
+    geometries: Iterable[LayerGeometry],
+    dtype: torch.dtype,
+    block_size: int,
+    device: torch.device,
 ) -> None:
     """Compile what an implementation takes long to compile, so that no request waits for it."""
     if name == "reference":
@@ -60,7 +64,7 @@ def prepare(
 
     different = dict.fromkeys(geometries)
     for geometry in different:
-        triton_prefill.prepare(geometry, dtype, device)
+        triton_prefill.prepare(geometry, dtype, block_size, device)
     if name == "flash_attention_4":
         from sparse_methods.kernels import flash_attention_4
 

@@ -28,7 +28,6 @@ _IN_GROUPS = {"STAGES": 3, "REGISTERS": 240, "LOADING_REGISTERS": 24, "num_warps
 # 16 rows per warp: scores of two blocks and the output then fit into registers.
 _TOGETHER = {"STAGES": 4, "WARPS": 8, "num_warps": 8}
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -36,9 +35,8 @@ def serves(inputs: AttentionInputs) -> bool:
     """Whether the kernels compute tiles of this shape, here and with this Triton."""
     caches = inputs.keys, inputs.values
     return (
-        inputs.tiles.block_size == _BLOCK
+        _fits(inputs.geometry, inputs.query.dtype, inputs.tiles.block_size)
         and all(_is_described(cache, inputs.query.dtype) for cache in caches)
-        and _fits(inputs.geometry, inputs.query.dtype)
         and _compiles(
             inputs.geometry,
             inputs.query.dtype,
@@ -49,17 +47,20 @@ def serves(inputs: AttentionInputs) -> bool:
     )
 
 
-def prepare(geometry: LayerGeometry, dtype: torch.dtype, device: torch.device) -> None:
+def prepare(
+    geometry: LayerGeometry, dtype: torch.dtype, block_size: int, device: torch.device
+) -> None:
     """Compile what a layer will need: seconds that no request should wait."""
-    if _fits(geometry, dtype):
+    if _fits(geometry, dtype, block_size):
         for has_lists in (False, True):
             for has_thresholds in (False, True):
                 _compiles(geometry, dtype, device, has_lists, has_thresholds)
 
 
-def _fits(geometry: LayerGeometry, dtype: torch.dtype) -> bool:
+def _fits(geometry: LayerGeometry, dtype: torch.dtype, block_size: int) -> bool:
     return (
-        geometry.is_plain
+        block_size == _BLOCK
+        and geometry.is_plain
         and geometry.head_dim == geometry.value_dim
         and geometry.head_dim in _HEAD_DIMS
         and dtype in _DTYPES
@@ -79,15 +80,20 @@ def _compiles(
     has_lists: bool,  # noqa: FBT001 - a key of the cache
     has_thresholds: bool,  # noqa: FBT001
 ) -> bool:
-    """Whether a trial succeeds; what a compiler says otherwise goes to the log, once."""
+    """Whether a trial succeeds; what a compiler says otherwise goes to the log, once.
+
+    What is no verdict on the kernel (short memory, a device that failed before) is raised.
+    """
     inputs = trial.zeros(geometry, dtype, device, num_rows=_BLOCK - 1)  # its end is cleared, too
     inputs = trial.with_lists(inputs) if has_lists else inputs
     inputs = trial.with_thresholds(inputs) if has_thresholds else inputs
+    _synchronize(device)
     try:
         attend(inputs, inputs.tiles.prefill_indices, 1, Workspace.allocate(inputs))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever a compiler raises
+    except Exception as error:
+        if "out of memory" in str(error):
+            raise
+        reason = _innermost(error)
         _log.warning(
             "Triton %s does not compile the Gluon kernel for %s (lists: %s, thresholds: %s);"
             " prompts take the slower one in Triton. %s: %s",
@@ -95,11 +101,24 @@ def _compiles(
             geometry,
             has_lists,
             has_thresholds,
-            type(error).__name__,
-            str(error)[:500],
+            type(reason).__name__,
+            str(reason)[-500:],
         )
         return False
+    _synchronize(device)
     return True
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What a compiler's error was raised from; those around it quote the source."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return error
 
 
 def attend(

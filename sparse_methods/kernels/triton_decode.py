@@ -38,8 +38,8 @@ class DecodeConfig:
     """How the work of a row is cut; it must not depend on the batch.
 
     Attributes:
-        split_blocks: Most blocks of a split, a power of two that is at least four: Triton 3.6 fails
-            to compile a scan over fewer for wide heads.
+        split_blocks: Most blocks of a split, a power of two that is at least four: with thresholds
+            and heads of 64 or more, Triton 3.6 fails to compile a scan over fewer.
         least_splits: Splits that a row has at least, as long as it has the blocks: a short row in
             few long splits would leave the device idle.
         least_scored_splits: The same where thresholds apply: each split looks at all before it.

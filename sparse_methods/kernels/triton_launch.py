@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-_FIRST_MAJOR = 9  # compute capability: Hopper
+HOPPER = 9  # compute capability
 
 
 def as_dependent(device: torch.device) -> dict[str, bool]:
@@ -28,11 +28,16 @@ def as_dependent(device: torch.device) -> dict[str, bool]:
     return {"IS_DEPENDENT": True, "launch_pdl": True}
 
 
-@cache
 def _has_dependents(device: torch.device) -> bool:
+    return cuda_major(device) >= HOPPER
+
+
+@cache
+def cuda_major(device: torch.device) -> int:
+    """Major compute capability of the NVIDIA device that kernels are compiled for; 0: no such."""
     if device.type != "cuda" or torch.version.cuda is None or triton.knobs.runtime.interpret:
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= _FIRST_MAJOR
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
 
 
 @triton.jit

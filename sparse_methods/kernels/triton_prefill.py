@@ -18,6 +18,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_methods.kernels.operation import AttentionInputs, LayerGeometry
+from sparse_methods.kernels.triton_launch import HOPPER, cuda_major
 from sparse_methods.kernels.triton_prefill_kernels import attend_tile
 from sparse_methods.kernels.triton_skip_kernels import attend_tile_with_threshold
 from sparse_methods.kernels.triton_workspace import Workspace
@@ -68,11 +69,13 @@ def default_config(inputs: AttentionInputs) -> PrefillConfig:
     return PrefillConfig(num_warps=num_warps, num_stages=num_stages, sub_tile=sub_tile)
 
 
-def prepare(geometry: LayerGeometry, dtype: torch.dtype, device: torch.device) -> None:
+def prepare(
+    geometry: LayerGeometry, dtype: torch.dtype, block_size: int, device: torch.device
+) -> None:
     """Compile what takes seconds, so that no request waits for it."""
     gluon = _gluon(device)
     if gluon is not None:
-        gluon.prepare(geometry, dtype, device)
+        gluon.prepare(geometry, dtype, block_size, device)
 
 
 def prefill(
@@ -180,12 +183,18 @@ def prefill(
 @functools.cache
 def _gluon(device: torch.device) -> ModuleType | None:
     """The kernels in Gluon where they run: on Hopper, while Triton has what they import."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if cuda_major(device) != HOPPER:
         return None
     try:
         from sparse_methods.kernels import gluon_prefill
-    except (ImportError, AttributeError) as error:
-        _log.warning("Prompts take the slower kernels in Triton: %s", error)
+    except Exception as error:  # noqa: BLE001 - its decorators, too, may refuse
+        _log.warning(
+            "Triton %s does not import the Gluon kernels; prompts take the slower ones in Triton."
+            " %s: %s",
+            triton.__version__,
+            type(error).__name__,
+            error,
+        )
         return None
     return gluon_prefill
 

@@ -66,14 +66,16 @@ def check_skipping(inputs):
     assert 0 < result.blocks[..., 2].sum() < result.blocks[..., 1].sum()
 
 
-def computed(inputs, tiles, config=None):
-    """A workspace in which all but the results of some tiles is NaN."""
+def computed(inputs, tiles, config=None, *, before=math.nan):
+    """A workspace in which all but the results of some tiles is as before."""
+    from sparse_methods.kernels import gluon_prefill
     from sparse_methods.kernels.triton_prefill import prefill
     from sparse_methods.kernels.triton_workspace import Workspace
 
+    assert config is not None or gluon_prefill.serves(inputs)
     workspace = Workspace.allocate(inputs)
-    workspace.output.fill_(math.nan)
-    workspace.lse.fill_(math.nan)
+    workspace.output.fill_(before)
+    workspace.lse.fill_(before)
     indices = torch.tensor(list(tiles), dtype=torch.int32, device="cuda")
     prefill(inputs, indices, workspace, config)
     return workspace
@@ -149,7 +151,7 @@ def test_an_empty_list_keeps_nobody_waiting(has_thresholds):
     inputs = some_tiles(has_thresholds, [(0, 512)])
     lists = lists_of(inputs, lambda tile, head, visible: [] if tile == 1 else visible)
     listed = replace(inputs, lists=lists, diagonal_first=None)
-    output = computed(listed, range(4)).output
+    output = computed(listed, range(4), before=0.0).output
     expected = computed(replace(inputs, diagonal_first=None), range(4)).output
     for rows in (slice(0, 128), slice(256, 512)):
         torch.testing.assert_close(output[rows], expected[rows])
@@ -166,16 +168,18 @@ def test_the_kernels_that_take_over_compute_the_same(has_thresholds, has_lists):
         inputs = replace(inputs, lists=lists_of(inputs, choose_some))
     tiles = range(len(inputs.tiles.tiles))
     ours, others = (computed(inputs, tiles, c) for c in (None, default_config(inputs)))
-    if not has_thresholds:  # where a score beside its threshold may fall on the other side
-        torch.testing.assert_close(ours.output, others.output, atol=2e-2, rtol=2e-2)
-        torch.testing.assert_close(ours.lse, others.lse, atol=1e-3, rtol=1e-3)
+    # Scores beside a threshold may fall on the other side, which no tolerance of sums covers.
+    far = ((ours.output - others.output).abs() > 2e-2).any(-1) | (
+        (ours.lse - others.lse).abs() > 1e-3
+    )
+    assert far.float().mean() <= (0.05 if has_thresholds else 0.0)
     expected = reference.attend(on_float32(inputs))
     torch.testing.assert_close(others.output.float(), expected.output, atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize("change", ["strided", "not aligned"])
 def test_caches_that_cannot_be_addressed_in_place_are_left_to_triton(change):
-    from sparse_methods.kernels import gluon_prefill
+    from sparse_methods.kernels import gluon_prefill, triton_attention
 
     inputs = some_tiles(has_thresholds=False, requests=[(0, 300)])
     wide = torch.zeros(*inputs.keys.shape[:3], 256, dtype=torch.bfloat16, device="cuda")
@@ -185,10 +189,9 @@ def test_caches_that_cannot_be_addressed_in_place_are_left_to_triton(change):
     apart.copy_(inputs.keys)
     changed = replace(inputs, keys=apart)
     assert not gluon_prefill.serves(changed)
-    tiles = range(len(inputs.tiles.tiles))
-    torch.testing.assert_close(
-        computed(changed, tiles).output, computed(inputs, tiles).output, atol=2e-2, rtol=2e-2
-    )
+    result = triton_attention.attend(changed)
+    expected = computed(inputs, range(len(inputs.tiles.tiles))).output
+    torch.testing.assert_close(result.output, expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("is_diagonal_first", [False, True])

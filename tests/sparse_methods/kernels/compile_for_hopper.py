@@ -51,9 +51,8 @@ def main():
     vars(gluon_prefill)["clear_tails"] = lambda _: None  # a kernel that nobody compiles here
     for name in ("attend_tile", "attend_tile_with_threshold"):
         setattr(gluon_prefill, name, Compiled(getattr(gluon_prefill, name)))
-    shapes = [(64, torch.float16), (128, torch.bfloat16)]
-    for (head_dim, dtype), has_lists, has_thresholds in itertools.product(
-        shapes, (False, True), (False, True)
+    for head_dim, dtype, has_lists, has_thresholds in itertools.product(
+        (64, 128), (torch.bfloat16, torch.float16), (False, True), (False, True)
     ):
         geometry = LayerGeometry(8, 2, head_dim, head_dim, scale=0.1)
         inputs = trial.zeros(geometry, dtype, torch.device("cpu"), num_rows=200)
