@@ -69,7 +69,7 @@ def prepare(
         from sparse_methods.kernels import flash_attention_4
 
         for geometry in different:
-            flash_attention_4.prepare(geometry, dtype, device)
+            flash_attention_4.prepare(geometry, dtype, block_size, device)
 
 
 def pick_cache_writer(name: str) -> CacheWriter:

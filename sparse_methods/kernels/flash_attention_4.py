@@ -3,7 +3,7 @@
 Runs of prompt tiles that the library can compute go to it: dense ones by its page table, listed
 ones by block lists that name physical pages, as the whole cache looks to it like one sequence of
 keys. Everything else (decode rows, thresholds, windows, short or oddly cut prompts, other block
-sizes) is computed by the Triton kernels.
+sizes) is computed by our own kernels.
 
 Source: Dao-AILab, FlashAttention-4, package ``flash-attn-4``.
 """
@@ -60,9 +60,12 @@ def attend(inputs: AttentionInputs) -> AttentionOutputs:
     return AttentionOutputs(workspace.output, workspace.lse, blocks, kv_elements)
 
 
-def prepare(geometry: LayerGeometry, dtype: torch.dtype, device: torch.device) -> None:
+def prepare(
+    geometry: LayerGeometry, dtype: torch.dtype, block_size: int, device: torch.device
+) -> None:
     """Compile what ``attend`` will call for a layer: seconds that no request should wait."""
-    inputs = trial.zeros(geometry, dtype, device, max(_LEAST_ROWS, math.isqrt(_LEAST_SCORES)))
+    num_rows = max(_LEAST_ROWS, math.isqrt(_LEAST_SCORES))
+    inputs = trial.zeros(geometry, dtype, device, num_rows, block_size)
     if _runs(inputs):
         attend(inputs)
         attend(trial.with_lists(inputs))

@@ -13,7 +13,7 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sparse_methods.kernels import trial
+from sparse_methods.kernels import prompt_arguments, trial
 from sparse_methods.kernels.gluon_prefill_kernels import attend_tile
 from sparse_methods.kernels.gluon_skip_kernels import attend_tile_with_threshold
 from sparse_methods.kernels.operation import AttentionInputs, LayerGeometry
@@ -24,9 +24,9 @@ _HEAD_DIMS = (64, 128)
 _BLOCK = 128
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 # Two groups of four warps, and one that loads; what 64 Ki registers allow them.
-_IN_GROUPS = {"STAGES": 3, "REGISTERS": 240, "LOADING_REGISTERS": 24, "num_warps": 4}
+_ATTENDING = {"STAGES": 3, "REGISTERS": 240, "LOADING_REGISTERS": 24, "num_warps": 4}
 # 16 rows per warp: scores of two blocks and the output then fit into registers.
-_TOGETHER = {"STAGES": 4, "WARPS": 8, "num_warps": 8}
+_SKIPPING = {"STAGES": 4, "WARPS": 8, "num_warps": 8}
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,8 @@ def _compiles(
 
     What is no verdict on the kernel (short memory, a device that failed before) is raised.
     """
-    inputs = trial.zeros(geometry, dtype, device, num_rows=_BLOCK - 1)  # its end is cleared, too
+    # Not a full block, so that what clears its end is compiled, too.
+    inputs = trial.zeros(geometry, dtype, device, num_rows=_BLOCK - 1, block_size=_BLOCK)
     inputs = trial.with_lists(inputs) if has_lists else inputs
     inputs = trial.with_thresholds(inputs) if has_thresholds else inputs
     _synchronize(device)
@@ -136,25 +137,11 @@ def attend(
         workspace: Receives output and lse of the tiles' rows, and skipped of the tiles.
     """
     clear_tails(inputs)  # what nobody wrote has a weight of 0, and 0 * inf is not 0
-    geometry, tiles, query, lists = inputs.geometry, inputs.tiles, inputs.query, inputs.lists
+    geometry, query = inputs.geometry, inputs.query
     rows = (query, _descriptor(inputs.keys), _descriptor(inputs.values))
     results = (workspace.output, workspace.lse)
-    places = (
-        tiles.table,
-        indices,
-        inputs.page_table.pages,
-        None if lists is None else lists.indices,
-        None if lists is None else lists.counts,
-    )
-    strides = (
-        *query.stride()[:2],
-        inputs.page_table.pages.stride(0),
-        *((0, 0) if lists is None else lists.indices.stride()[:2]),
-        *((0, 0) if lists is None else lists.counts.stride()),
-        len(indices),
-        heads_at_once,
-        geometry.scale,
-    )
+    places = prompt_arguments.places(inputs, indices)
+    strides = (*query.stride()[:2], *prompt_arguments.steps(inputs, len(indices), heads_at_once))
     compiling: dict[str, Any] = {
         "NUM_HEADS": geometry.num_heads,
         "GROUP": geometry.group_size,
@@ -164,11 +151,11 @@ def attend(
     }
     grid = (len(indices) * geometry.num_heads,)
     if inputs.log_thresholds is None:
-        attend_tile[grid](*rows, *results, *places, *strides, **compiling, **_IN_GROUPS)
+        attend_tile[grid](*rows, *results, *places, *strides, **compiling, **_ATTENDING)
         return
     diagonal_first = inputs.diagonal_first
     if diagonal_first is None:  # with a constant, the compiler masks every block: a fifth slower
-        diagonal_first = query.new_zeros(len(tiles.tiles), dtype=torch.bool)
+        diagonal_first = query.new_zeros(len(inputs.tiles.tiles), dtype=torch.bool)
     attend_tile_with_threshold[grid](
         *rows,
         *results,
@@ -178,7 +165,7 @@ def attend(
         diagonal_first,
         *strides,
         **compiling,
-        **_TOGETHER,
+        **_SKIPPING,
     )
 
 

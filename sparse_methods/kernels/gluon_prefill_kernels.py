@@ -22,10 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_methods.kernels.gluon_tiles import (
     async_load,
     described,
-    list_of,
     load_rows,
     store_rows,
     tile_and_head,
+    visits_of,
 )
 from sparse_methods.kernels.triton_prefill_kernels import VARYING
 
@@ -65,6 +65,7 @@ def _load(
     keys, values, key_ring, value_ring, page_row, kv_head, walk,
     HAS_LISTS: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Keys and values of every visit, each as soon as its ring has room."""
     listed, num_listed, last, num_visits = walk
     block = _block_at(0, num_visits, listed, num_listed, last, HAS_LISTS)
     page = gl.load(page_row + gl.maximum(block, 0))
@@ -197,12 +198,10 @@ def attend_tile(
     kv_head = head // GROUP
     first_row, num_rows, position, request = described(table, tile)
     last = (position + num_rows - 1) // BLOCK
-    listed, num_listed, num_visits = pages, -1, last + 1
-    if HAS_LISTS:
-        listed, num_listed = list_of(
-            tile, kv_head, indices, counts, indices_tile, indices_head, counts_tile, counts_head
-        )
-        num_visits = gl.where(num_listed >= 0, num_listed, num_visits)
+    listed, num_listed, num_visits = visits_of(
+        tile, kv_head, last + 1, pages, indices, counts,
+        indices_tile, indices_head, counts_tile, counts_head, HAS_LISTS,
+    )  # fmt: skip
     walk = listed, num_listed, last, num_visits
     query_tiles = gl.allocate_shared_memory(keys.dtype, [2, BLOCK // 2, DIM], keys.layout)
     key_ring, value_ring = _ring(keys, BLOCK, DIM, STAGES), _ring(values, BLOCK, DIM, STAGES)

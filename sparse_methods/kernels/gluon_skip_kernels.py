@@ -21,10 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_methods.kernels.gluon_tiles import (
     async_load,
     described,
-    list_of,
     load_rows,
     store_rows,
     tile_and_head,
+    visits_of,
 )
 from sparse_methods.kernels.triton_prefill_kernels import VARYING
 
@@ -79,12 +79,10 @@ def attend_tile_with_threshold(
     first_row, num_rows, position, request = described(table, tile)
     page_row = pages + request * pages_request
     last = (position + num_rows - 1) // BLOCK
-    listed, num_listed, num_visits = pages, -1, last + 1
-    if HAS_LISTS:
-        listed, num_listed = list_of(
-            tile, kv_head, indices, counts, indices_tile, indices_head, counts_tile, counts_head
-        )
-        num_visits = gl.where(num_listed >= 0, num_listed, num_visits)
+    listed, num_listed, num_visits = visits_of(
+        tile, kv_head, last + 1, pages, indices, counts,
+        indices_tile, indices_head, counts_tile, counts_head, HAS_LISTS,
+    )  # fmt: skip
     is_diagonal_first = gl.load(diagonal_first + tile) != 0
     log_threshold = gl.load(log_thresholds + tile) * LOG2_E
 

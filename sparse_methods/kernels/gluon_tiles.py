@@ -25,12 +25,21 @@ def described(table, tile):
 
 
 @gluon.jit
-def list_of(
-    tile, kv_head, indices, counts, indices_tile, indices_head, counts_tile, counts_head
+def visits_of(
+    tile, kv_head, num_blocks, pages, indices, counts,
+    indices_tile, indices_head, counts_tile, counts_head,
+    HAS_LISTS: gl.constexpr,
 ):  # fmt: skip
-    """Where the list of a tile begins, and how many entries it has; -1: it reads every block."""
-    listed = indices + tile.to(gl.int64) * indices_tile + kv_head * indices_head
-    return listed, gl.load(counts + tile * counts_tile + kv_head * counts_head)
+    """Where a tile's list begins, its entries (-1: it reads every block), and visits in all.
+
+    Without lists ``pages`` stands for the list that nobody reads.
+    """
+    listed, num_listed, num_visits = pages, -1, num_blocks
+    if HAS_LISTS:
+        listed = indices + tile.to(gl.int64) * indices_tile + kv_head * indices_head
+        num_listed = gl.load(counts + tile * counts_tile + kv_head * counts_head)
+        num_visits = gl.where(num_listed >= 0, num_listed, num_blocks)
+    return listed, num_listed, num_visits
 
 
 @gluon.jit

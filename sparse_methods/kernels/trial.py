@@ -15,25 +15,28 @@ from sparse_methods.kernels.operation import (
 
 
 def zeros(
-    geometry: LayerGeometry, dtype: torch.dtype, device: torch.device, num_rows: int
+    geometry: LayerGeometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_rows: int,
+    block_size: int,
 ) -> AttentionInputs:
-    """One dense prompt on pages of 128 keys."""
-    block = 128
+    """One dense prompt."""
     tiles = tuple(
-        Tile(row, min(block, num_rows - row), row, 0, is_decode=False)
-        for row in range(0, num_rows, block)
+        Tile(row, min(block_size, num_rows - row), row, 0, is_decode=False)
+        for row in range(0, num_rows, block_size)
     )
 
     def new(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    slots = len(tiles), block, geometry.num_kv_heads
+    slots = len(tiles), block_size, geometry.num_kv_heads
     return AttentionInputs(
         query=new(num_rows, geometry.num_heads, geometry.head_dim),
         keys=new(*slots, geometry.head_dim),
         values=new(*slots, geometry.value_dim),
         page_table=PageTable(torch.arange(len(tiles), device=device)[None]),
-        tiles=QueryTiles(tiles, block, device),
+        tiles=QueryTiles(tiles, block_size, device),
         geometry=geometry,
     )
 

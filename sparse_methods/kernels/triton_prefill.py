@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sparse_methods.kernels import prompt_arguments
 from sparse_methods.kernels.operation import AttentionInputs, LayerGeometry
 from sparse_methods.kernels.triton_launch import HOPPER, cuda_major
 from sparse_methods.kernels.triton_prefill_kernels import attend_tile
@@ -117,23 +118,12 @@ def prefill(
         "USE_TMA": config.use_tma,
         "STAGES": config.num_stages,
     }
-    places = (
-        tiles.table,
-        indices,
-        inputs.page_table.pages,
-        None if lists is None else lists.indices,
-        None if lists is None else lists.counts,
-    )
+    places = prompt_arguments.places(inputs, indices)
     strides = (
         *query.stride()[:2],
         *keys.stride()[:3],
         *values.stride()[:3],
-        inputs.page_table.pages.stride(0),
-        *((0, 0) if lists is None else lists.indices.stride()[:2]),
-        *((0, 0) if lists is None else lists.counts.stride()),
-        len(indices),
-        heads_at_once,
-        geometry.scale,
+        *prompt_arguments.steps(inputs, len(indices), heads_at_once),
     )
     caches = (
         _descriptor(cache, keys_at_once) if config.use_tma else cache for cache in (keys, values)

@@ -55,7 +55,7 @@ def main():
         (64, 128), (torch.bfloat16, torch.float16), (False, True), (False, True)
     ):
         geometry = LayerGeometry(8, 2, head_dim, head_dim, scale=0.1)
-        inputs = trial.zeros(geometry, dtype, torch.device("cpu"), num_rows=200)
+        inputs = trial.zeros(geometry, dtype, torch.device("cpu"), num_rows=200, block_size=128)
         inputs = trial.with_lists(inputs) if has_lists else inputs
         inputs = trial.with_thresholds(inputs) if has_thresholds else inputs
         gluon_prefill.attend(inputs, inputs.tiles.prefill_indices, 4, Workspace.allocate(inputs))
